@@ -1,0 +1,453 @@
+"""python -m bench: measures fused_ema against torch on this machine.
+
+Each job is one table: a case, a dtype pair and an op. Its providers are checked against float64,
+then timed in turn (bench/timer.py says how); a provider with wrong values is named, not timed, and
+makes the run fail.
+"""
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import cases, providers, report, timer
+from bench.cases import Case
+from bench.providers import OPS, Call, Lists, Op, Provider
+
+# What runs unasked: (op, dtype pair, cases), None for all of them.
+DEFAULT_ROWS: tuple[tuple[Op, str, tuple[str, ...] | None], ...] = (
+    ("update", "float32/float32", None),
+    ("update", "float32/bfloat16", ("vit_l16", "sdxl_unet", "llama3_8b", "small", "medium")),
+    ("update", "bfloat16/bfloat16", ("vit_l16", "small")),
+    ("swap", "float32/float32", ("resnet50", "sdxl_unet", "small")),
+    ("copy", "float32/float32", ("resnet50", "small")),
+    ("copy", "float32/bfloat16", ("vit_l16",)),
+)
+# 1/8 is exact in every dtype, and far above the rounding of bf16: a provider that does nothing
+# fails its check.
+DEFAULT_MOMENTUM = 0.125
+DEFAULT_SECONDS = 150.0
+# A CPU moves about a hundredth of what a GPU does in the same time.
+DEFAULT_MAX_ELEMENTS = {"cpu": 2**26, "cuda": 2**30}
+_MEMORY_SHARE = 0.6
+_RESERVED_BYTES = 2**30
+
+
+class Job(NamedTuple):
+    """One table to measure."""
+
+    case: str
+    pair: str
+    op: Op
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run measures, whatever its jobs."""
+
+    device: torch.device
+    momentum: float
+    max_elements: int
+    memory_bytes: int
+    seconds: float
+    rounds: int | None
+    providers: list[str] | None
+
+
+@dataclass
+class Outcome:
+    """What a run found."""
+
+    records: list[report.Record] = field(default_factory=list)
+    left_out: dict[str, None] = field(default_factory=dict)  # A set that keeps the order.
+    failures: list[str] = field(default_factory=list)
+
+
+# ---- what to run
+
+
+def plan_jobs(
+    case_names: Sequence[str] | None, ops: Sequence[Op] | None, pairs: Sequence[str] | None
+) -> list[Job]:
+    """The jobs of a run, a case's dtype pairs together.
+
+    Without ops and pairs a case gets its rows of DEFAULT_ROWS; with either, every combination.
+    """
+    chosen = case_names or cases.names()
+    if ops or pairs:
+        pairs = pairs or ["float32/float32"]
+        return [Job(c, p, op) for c in chosen for p in pairs for op in ops or ["update"]]
+    jobs = [
+        Job(case, pair, op)
+        for case in chosen
+        for op, pair, row_cases in DEFAULT_ROWS
+        if row_cases is None or case in row_cases
+    ]
+    # The ops of one dtype pair run on the same tensors.
+    order = providers.DTYPE_PAIRS.index
+    return sorted(jobs, key=lambda job: (chosen.index(job.case), order(job.pair)))
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    amounts = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                amounts.append(int(line.split()[1]) * 1024)
+        group = Path("/sys/fs/cgroup")  # A container's limit, which meminfo doesn't know.
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            amounts.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass
+    return min(amounts, default=2**32)
+
+
+def fit(job: Job, settings: Settings) -> tuple[Case | None, str]:
+    """The job's case, scaled down where memory or time ask for it; or None and why."""
+    ema, param = (dtype.itemsize for dtype in providers.split_pair(job.pair))
+    # The lists and the limits' flat pair, both once more for the check, and a provider's buffer.
+    per_element = 2 * (ema + param) + 4 * ema + max(ema, 4)
+    most = max(0, settings.memory_bytes - _RESERVED_BYTES) // per_element
+    case = cases.load(job.case, max(1, min(most, settings.max_elements)))
+    if case.num_elements > most:
+        needed = (case.num_elements * per_element + _RESERVED_BYTES) / 2**30
+        have = settings.memory_bytes / 2**30
+        return None, f"needs {needed:.1f} GiB of memory even scaled down, {have:.1f} are free"
+    return case, ""
+
+
+# ---- one job
+
+
+def prepare_checked(
+    provider: Provider, op: Op, sets: Sequence[Lists], saved: dict[int, Lists], momentum: float
+) -> tuple[list[Call], str]:
+    """The provider's calls, one a set, after a first run on set 0 gave right values.
+
+    Returns no calls and what is wrong otherwise. Set 0 holds its old values afterwards.
+    """
+    target = provider.target(sets[0])
+    if id(target) not in saved:
+        copies = ([tensor.clone() for tensor in side] for side in (target.ema, target.params))
+        saved[id(target)] = Lists(*copies)
+    before = saved[id(target)]
+    call = provider.prepare(target, momentum)
+    try:
+        call()
+        wrong = timer.check(provider.op, before, target, momentum)
+    finally:
+        torch._foreach_copy_(target.ema, before.ema)
+        torch._foreach_copy_(target.params, before.params)
+    if wrong:
+        return [], wrong
+    others = (provider.prepare(provider.target(lists), momentum) for lists in sets[1:])
+    return [call, *others], ""
+
+
+def run_job(
+    job: Job, case: Case, sets: Sequence[Lists], cold: bool, seconds: float, settings: Settings
+) -> Outcome:
+    """Checks and times the providers of one table."""
+    start = time.perf_counter()
+    outcome = Outcome()
+    chosen: dict[str, Provider] = {}
+    calls: dict[str, list[Call]] = {}
+    saved: dict[int, Lists] = {}
+    device = settings.device
+    for provider in providers.choose(job.op, job.pair, device.type, settings.providers):
+        where = f"{provider.name} on {case.name} {job.op} {job.pair}"
+        if reason := provider.why_not(case.num_tensors):
+            outcome.left_out[f"{provider.name}: {reason}"] = None
+            continue
+        try:
+            own, wrong = prepare_checked(provider, job.op, sets, saved, settings.momentum)
+        except Exception as error:  # A package of any version may fail in any way.
+            message = (str(error) or type(error).__name__).splitlines()[0]
+            if provider.kind == "torch":
+                outcome.left_out[f"{where}: {message}"] = None
+            else:
+                outcome.failures.append(f"{where}: {message}")
+            continue
+        if wrong:
+            outcome.failures.append(f"{where}: {wrong}")
+            continue
+        chosen[provider.name] = provider
+        calls[provider.name] = own
+    saved.clear()
+    if not calls:
+        return outcome
+
+    left = max(0.0, seconds - (time.perf_counter() - start))
+    host_s = _host_times(job, case, chosen, calls, 0.15 * left, settings)
+    hot = not cold or sum(_num_bytes(lists) for lists in sets[:1]) < timer.HOT_BYTES
+    clock = timer.CudaClock() if device.type == "cuda" else timer.CpuClock()
+    for cache in ["cold"] * cold + ["hot"] * hot:
+        timings = timer.interleave(
+            calls if cache == "cold" else {name: own[:1] for name, own in calls.items()},
+            clock,
+            seconds=0.85 * left / (cold + hot),
+            rounds=settings.rounds,
+            hot=cache == "hot",
+            host_s=host_s,
+        )
+        rows = [(chosen[name], timing, host_s.get(name)) for name, timing in timings.items()]
+        outcome.records += report.make_records(case, job.op, job.pair, cache, device, rows)
+    return outcome
+
+
+def _host_times(
+    job: Job,
+    case: Case,
+    chosen: dict[str, Provider],
+    calls: dict[str, list[Call]],
+    seconds: float,
+    settings: Settings,
+) -> dict[str, float]:
+    clock: timer.Clock
+    if settings.device.type == "cuda":
+        clock = timer.HostClock()
+    else:
+        clock = timer.CpuClock()
+        ema, param = providers.split_pair(job.pair)
+        lists = timer.one_element_lists(case.num_tensors, ema, param, settings.device)
+        calls = {
+            name: [provider.prepare(provider.target(lists), settings.momentum)]
+            for name, provider in chosen.items()
+            if provider.family != "compile"  # Other shapes would be compiled anew, for minutes.
+        }
+    if not calls:
+        return {}
+    timings = timer.interleave(calls, clock, seconds=seconds, rounds=settings.rounds)
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def _num_bytes(lists: Lists) -> int:
+    return sum(tensor.nbytes for tensor in (*lists.ema, *lists.params))
+
+
+def make_sets(case: Case, pair: str, settings: Settings) -> tuple[list[Lists], bool]:
+    """Enough sets of tensors for a cold rotation; or one, and False, where that is too many."""
+    device = settings.device
+    ema, param = providers.split_pair(pair)
+    set_bytes = case.num_elements * (ema.itemsize + param.itemsize)
+    num_sets = timer.num_cold_sets(
+        set_bytes, 2 * case.num_tensors, timer.cache_bytes(device), device.type
+    )
+    if num_sets > 1 and 4 * num_sets * set_bytes > settings.memory_bytes:
+        num_sets = 0
+    sets = [
+        Lists(
+            cases.make_tensors(case, ema, device, seed, "ema"),
+            cases.make_tensors(case, param, device, seed, "param"),
+        )
+        for seed in range(max(1, num_sets))
+    ]
+    return sets, num_sets > 0
+
+
+# ---- the run
+
+
+class Progress:
+    """Tells where a run is: one line a job, and on a terminal a bar below them."""
+
+    def __init__(self, num_jobs: int) -> None:
+        self._num_jobs = num_jobs
+        self._num_done = 0
+        self._bar: Any = None
+        if sys.stdout.isatty() and report.find("rich") is not None:
+            self._bar = importlib.import_module("rich.progress").Progress(transient=True)
+            self._task = self._bar.add_task("", total=num_jobs)
+
+    def context(self) -> AbstractContextManager[Any]:
+        """Shows the bar while it is open."""
+        return self._bar if self._bar is not None else nullcontext()
+
+    def begin(self, job: Job) -> None:
+        """A job starts."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{job.case} {job.op} {job.pair}")
+
+    def end(self, job: Job, text: str) -> None:
+        """A job is over."""
+        self._num_done += 1
+        line = f"[{self._num_done}/{self._num_jobs}] {job.case} {job.op} {job.pair}: {text}"
+        if self._bar is not None:
+            self._bar.advance(self._task)
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+
+def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
+    """Measures all jobs; later ones get the time that earlier ones left."""
+    outcome = Outcome()
+    deadline = time.perf_counter() + settings.seconds
+    progress = Progress(len(jobs))
+    made: tuple[str, str] | None = None
+    case: Case | None = None
+    sets: list[Lists] = []
+    with progress.context():
+        for i, job in enumerate(jobs):
+            start = time.perf_counter()
+            seconds = max(0.0, deadline - start) / (len(jobs) - i)
+            progress.begin(job)
+            if made != (job.case, job.pair):
+                sets.clear()
+                if settings.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                case, reason = fit(job, settings)
+                made = job.case, job.pair
+                if case is not None:
+                    sets, cold = make_sets(case, job.pair, settings)
+            if case is None:
+                outcome.left_out[f"{job.case} {job.pair}: {reason}"] = None
+                progress.end(job, f"left out, {reason}")
+                continue
+            seconds -= time.perf_counter() - start
+            found = run_job(job, case, sets, cold, seconds, settings)
+            outcome.records += found.records
+            outcome.left_out |= found.left_out
+            outcome.failures += found.failures
+            took = f"({time.perf_counter() - start:.1f} s)"
+            progress.end(job, " ".join([report.headline(found.records), *found.failures, took]))
+    return outcome
+
+
+# ---- command line
+
+
+def _names(known: Sequence[str], what: str) -> Callable[[str], list[str] | None]:
+    def parse(text: str) -> list[str] | None:
+        if text == "all":
+            return list(known)
+        chosen = [name.strip() for name in text.split(",")]
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"unknown {what} {name!r}; choose from {', '.join(known)}"
+                )
+        return chosen
+
+    return parse
+
+
+def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options of the default command."""
+    parser = argparse.ArgumentParser(
+        "python -m bench",
+        description="Measures fused_ema against torch on this machine. Lists are separated by "
+        "commas; 'all' stands for every name.",
+    )
+    add = parser.add_argument
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--list", action="store_true", help="show every case, op, dtype pair and provider")
+    add("--cases", type=_names(cases.names(), "case"), help="lists of tensors to run on")
+    add("--ops", type=_names(OPS, "op"), help="update, swap, copy")
+    add("--dtypes", type=_names(providers.DTYPE_PAIRS, "dtype pair"), help="as ema/param")
+    add("--providers", type=_names(providers.names(), "provider"), help="who is measured")
+    add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
+    add("--momentum", type=_number(float, 0, 1), default=DEFAULT_MOMENTUM, help="(%(default)s)")
+    add("--max-elements", type=_number(int, 1), help="scale larger cases down to this")
+    add("--memory-gb", type=_number(float, 0), help="use at most this much memory")
+    add("--rounds", type=_number(int, 1), help="exactly so many, instead of as time allows")
+    add("--seconds", type=_number(float, 0), default=DEFAULT_SECONDS, help="(%(default)s)")
+    add("--threads", type=_number(int, 1), help="of torch, on the CPU")
+    add("--json", type=Path, metavar="FILE", help="write one record a measurement")
+    add("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
+    return parser
+
+
+def ops_main(argv: Sequence[str]) -> int:
+    """Measures single ops; the default command."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.list:
+        _list()
+        return 0
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    if args.plot and (reason := report.why_no_plot()):
+        parser.error(f"--plot {reason}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    memory = _MEMORY_SHARE * available_bytes(device)
+    settings = Settings(
+        device=device,
+        momentum=args.momentum,
+        max_elements=args.max_elements or DEFAULT_MAX_ELEMENTS[device.type],
+        memory_bytes=int(min(memory, (args.memory_gb or float("inf")) * 2**30)),
+        seconds=args.seconds,
+        rounds=args.rounds,
+        providers=args.providers,
+    )
+    facts = report.environment(device)
+    print(f"{facts['device_name']}, torch {torch.__version__}, {facts['num_threads']} threads")
+    print("\n".join(facts["fused_ema_info"]), flush=True)
+    with torch.no_grad():
+        outcome = run(plan_jobs(args.cases, args.ops, args.dtypes), settings)
+
+    for table in [*report.tables(outcome.records), report.summary(outcome.records)]:
+        report.show(table)
+    for line in outcome.left_out:
+        print(f"left out: {line}")
+    if args.json:
+        report.write_json(args.json, facts, outcome.records, list(outcome.left_out))
+        print(f"wrote {args.json}")
+    if args.plot:
+        print(f"wrote {', '.join(map(str, report.plot(outcome.records, args.plot)))}")
+    for line in outcome.failures:
+        print(f"FAILED: {line}", file=sys.stderr)
+    return 1 if outcome.failures else 0
+
+
+def _list() -> None:
+    for name in cases.names():
+        case = cases.load(name)
+        size = f"{case.num_tensors:,} tensors, {case.num_elements:,} elements"
+        print(f"case      {name:12} {case.title}: {size}")
+    print(f"op        {', '.join(OPS)}")
+    print(f"dtypes    {', '.join(providers.DTYPE_PAIRS)}")
+    for provider in providers.PROVIDERS:
+        absent = f" (absent: {reason})" if (reason := provider.why_not(0)) else ""
+        print(f"provider  {provider.name:24} {provider.op:7} {provider.kind}{absent}")
+
+
+# The first word chooses; without one it is "ops".
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"ops": ops_main}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS[words.pop(0)] if words and words[0] in COMMANDS else ops_main
+    return command(words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,414 @@
+"""What comes out: records, the JSON file, tables and the plot."""
+
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import fused_ema
+from bench.cases import Case
+from bench.providers import OWN_COPY, PLAN, Provider
+from bench.timer import Timing
+
+Record = dict[str, Any]
+
+SCHEMA = 1
+_COLORS = {"kernel": "#0b5fa5", "foreach": "#8fb3d3", "naive": "#d3d9df"}
+_PLOTTED_PAIRS = ("float32/float32", "float32/bfloat16")
+
+# ---- records
+
+
+def make_records(
+    case: Case,
+    op: str,
+    pair: str,
+    cache: str,
+    device: torch.device,
+    timings: Sequence[tuple[Provider, Timing, float | None]],
+) -> list[Record]:
+    """One record a provider of one table, from (provider, timing, host time in seconds)."""
+    ema_dtype, param_dtype = pair.split("/")
+    shared = {
+        "case": case.name,
+        "title": case.title,
+        "op": op,
+        "device": device.type,
+        "device_name": device_name(device),
+        "ema_dtype": ema_dtype,
+        "param_dtype": param_dtype,
+        "cache": cache,
+        "num_tensors": case.num_tensors,
+        "num_elements": case.num_elements,
+        "note": case.note,
+        "num_threads": torch.get_num_threads(),
+        "torch_version": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "fused_ema_version": fused_ema.__version__,
+        "foreach_arguments": foreach_arguments(device),
+    }
+    records: list[Record] = []
+    for provider, timing, host_s in timings:
+        num_bytes = provider.bytes_moved(pair, case.num_elements)
+        records.append(
+            {
+                **shared,
+                "provider": provider.name,
+                "kind": provider.kind,
+                "family": provider.family,
+                "bytes": num_bytes,
+                "ms": timing.median * 1e3,
+                "ms_p10": timing.p10 * 1e3,
+                "ms_p90": timing.p90 * 1e3,
+                "rounds": timing.rounds,
+                "gb_per_s": num_bytes / timing.median / 1e9,
+                "host_us": None if host_s is None else host_s * 1e6,
+            }
+        )
+    copy = next((r["gb_per_s"] for r in records if r["provider"] == OWN_COPY), None)
+    for record in records:
+        record["fraction_of_copy"] = record["gb_per_s"] / copy if copy else None
+    return records
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def foreach_arguments(device: torch.device) -> str | None:
+    """How many bytes of kernel arguments torch's foreach passes, so how many launches it needs.
+
+    Decided when torch is compiled: 32 KB from torch 2.13 on in its builds for CUDA 13, else 4 KB.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    torch_version = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+    large = torch_version >= (2, 13) and int(torch.version.cuda.split(".")[0]) >= 13
+    return "32 KB" if large else "4 KB"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader needs to judge the figures, or to measure them again."""
+    facts: dict[str, Any] = {
+        "device": device.type,
+        "device_name": device_name(device),
+        "num_cpus": os.cpu_count(),
+        "num_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch_version": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "foreach_arguments": foreach_arguments(device),
+        "fused_ema_version": fused_ema.__version__,
+        "fused_ema_info": str(fused_ema.info()).splitlines(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["device_memory_bytes"] = properties.total_memory
+        facts["multiprocessors"] = properties.multi_processor_count
+        facts["capability"] = f"{properties.major}.{properties.minor}"
+    return facts
+
+
+def write_json(
+    path: Path, facts: dict[str, Any], records: Sequence[Record], left_out: Sequence[str]
+) -> None:
+    """Writes everything of a run as one JSON object."""
+    content = {
+        "schema": SCHEMA,
+        "environment": facts,
+        "left_out": list(left_out),
+        "records": list(records),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+# ---- tables
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text; the first column is aligned left, the others right."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def tables(records: Iterable[Record]) -> list[Table]:
+    """One table for each case, op, dtype pair and cache state."""
+    headers = ("provider", "ms", "p10 - p90", "GB/s", "of copy", "plan is faster", "host us")
+    result = []
+    for group in _groups(records):
+        plan = next((r["ms"] for r in group if r["provider"] == PLAN), None)
+        rows = tuple(
+            (
+                r["provider"] + (" (limit)" if r["kind"] == "limit" else ""),
+                _digits(r["ms"]),
+                f"{_digits(r['ms_p10'])} - {_digits(r['ms_p90'])}",
+                _digits(r["gb_per_s"]),
+                f"{r['fraction_of_copy']:.0%}" if r["fraction_of_copy"] else "",
+                f"{r['ms'] / plan:.2f}x" if plan and r["kind"] != "limit" else "",
+                _digits(r["host_us"]) if r["host_us"] is not None else "",
+            )
+            for r in group
+        )
+        result.append(Table(_title(group[0]), headers, rows))
+    return result
+
+
+def summary(records: Iterable[Record]) -> Table:
+    """The plan against the fastest naive loop, the fastest foreach and the fastest of all torch."""
+    headers = (
+        "case",
+        "op",
+        "ema/param",
+        "cache",
+        "plan ms",
+        "GB/s",
+        "of copy",
+        "naive",
+        "foreach",
+        "best torch",
+    )
+    rows = []
+    for group in _groups(records):
+        plan = next((r for r in group if r["provider"] == PLAN), None)
+        if plan is None:
+            continue
+        naive, foreach = (_fastest(group, "family", family) for family in ("naive", "foreach"))
+        best = _fastest(group, "kind", "torch")
+        rows.append(
+            (
+                plan["case"] + (" *" if plan["note"] else ""),
+                plan["op"],
+                _pair(plan),
+                plan["cache"],
+                _digits(plan["ms"]),
+                _digits(plan["gb_per_s"]),
+                f"{plan['fraction_of_copy']:.0%}" if plan["fraction_of_copy"] else "",
+                *(f"{r['ms'] / plan['ms']:.2f}x" if r else "" for r in (naive, foreach, best)),
+            )
+        )
+    return Table("fused_ema plan: how many times faster (* = scaled down)", headers, tuple(rows))
+
+
+def show(table: Table) -> None:
+    """Prints a table, with rich where it is installed."""
+    if find("rich"):
+        console = importlib.import_module("rich.console").Console()
+        if not console.is_terminal:
+            console.width = 120  # A log has no width, and rich would cut cells at 80.
+        simple = importlib.import_module("rich.box").SIMPLE_HEAD
+        rich_table = importlib.import_module("rich.table").Table(box=simple)
+        for i, header in enumerate(table.headers):
+            rich_table.add_column(header, justify="right" if i else "left", no_wrap=True)
+        for row in table.rows:
+            rich_table.add_row(*row)
+        console.print(table.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        console.print(rich_table)
+    else:
+        print(plain(table))
+    sys.stdout.flush()
+
+
+def plain(table: Table) -> str:
+    """A table as text."""
+    rows = [table.headers, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(["", table.title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def headline(records: Sequence[Record]) -> str:
+    """The plan's times among these records, and how much faster it is than the best torch way."""
+    parts = []
+    for group in _groups(records):
+        plan = next((r for r in group if r["provider"] == PLAN), None)
+        best = _fastest(group, "kind", "torch")
+        if plan is not None:
+            faster = f", {best['ms'] / plan['ms']:.2f}x {best['provider']}" if best else ""
+            parts.append(f"{plan['cache']} {_digits(plan['ms'])} ms{faster};")
+    return " ".join(parts)
+
+
+def _groups(records: Iterable[Record]) -> list[list[Record]]:
+    def key(r: Record) -> tuple[str, ...]:
+        return r["case"], r["op"], r["ema_dtype"], r["param_dtype"], r["cache"]
+
+    return [list(group) for _, group in groupby(records, key)]
+
+
+def _title(r: Record) -> str:
+    note = f", {r['note']}" if r["note"] else ""
+    size = f"{r['num_tensors']:,} tensors, {r['num_elements'] / 1e6:,.3g} M elements"
+    return f"{r['case']} {r['op']} {_pair(r)} {r['cache']} - {r['title']}{note}: {size}"
+
+
+def _pair(r: Record) -> str:
+    return f"{r['ema_dtype']}/{r['param_dtype']}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _fastest(group: Sequence[Record], field: str, value: str) -> Record | None:
+    return min((r for r in group if r[field] == value), key=lambda r: float(r["ms"]), default=None)
+
+
+# ---- plot
+
+
+def why_no_plot() -> str:
+    """Why no plot can be drawn; empty if it can."""
+    return "" if find("matplotlib") else "needs matplotlib: pip install matplotlib"
+
+
+def plot(records: Sequence[Record], path: Path) -> list[Path]:
+    """Draws how fast updates are in GB/s, as `path`.png and `path`.svg.
+
+    For each case a bar for the kernel, the fastest foreach and the fastest naive loop, and a mark
+    where a plain copy of the same memory ends. The number is the speed-up over the naive loop.
+    """
+    plt = _pyplot()
+    panels = _panels(records)
+    num_rows = max(map(len, panels.values()), default=1)
+    figure, axes = plt.subplots(
+        1,
+        max(1, len(panels)),
+        figsize=(6.2 * max(1, len(panels)), 1.3 + 0.62 * num_rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (pair, groups) in zip(axes[0], panels.items(), strict=False):
+        _draw(axis, pair, groups)
+    if panels:
+        first = next(iter(panels.values()))[0][0]
+        threads = "" if first["device"] == "cuda" else f", {first['num_threads']} threads"
+        figure.suptitle(
+            f"EMA update of a whole model: {first['device_name']}{threads}, "
+            f"torch {first['torch_version']}",
+            fontsize=11,
+            fontweight="bold",
+        )
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
+    figure.savefig(files[0], dpi=150)
+    figure.savefig(files[1], metadata={"Date": None})
+    plt.close(figure)
+    return files
+
+
+def _panels(records: Sequence[Record]) -> dict[str, list[list[Record]]]:
+    """By dtype pair, the groups of records to draw, each case once: cold where there is cold."""
+    panels: dict[str, dict[str, list[Record]]] = {}
+    for group in _groups(records):
+        first = group[0]
+        if first["op"] == "update" and any(r["provider"] == PLAN for r in group):
+            panels.setdefault(_pair(first), {}).setdefault(first["case"], group)
+    chosen = [pair for pair in _PLOTTED_PAIRS if pair in panels] or list(panels)[:2]
+    return {pair: list(panels[pair].values()) for pair in chosen}
+
+
+def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
+    ema, param = pair.split("/")
+    bar = 0.26
+    for y, group in enumerate(groups):
+        plan = next(r for r in group if r["provider"] == PLAN)
+        bars = {
+            "kernel": plan,
+            "foreach": _fastest(group, "family", "foreach"),
+            "naive": _fastest(group, "family", "naive"),
+        }
+        for i, (name, record) in enumerate(bars.items()):
+            if record is None:
+                continue
+            at = y + (i - 1) * bar
+            label = {"kernel": "fused_ema", "foreach": "torch._foreach"}.get(name, "naive loop")
+            axis.barh(
+                at,
+                record["gb_per_s"],
+                height=bar * 0.92,
+                color=_COLORS[name],
+                label=label if y == 0 else None,
+            )
+        copy = next((r["gb_per_s"] for r in group if r["provider"] == OWN_COPY), 0.0)
+        if copy:
+            axis.plot(
+                [copy, copy],
+                [y - 1.6 * bar, y + 1.6 * bar],
+                color="#222222",
+                linewidth=1.4,
+                label="plain copy" if y == 0 else None,
+            )
+        naive = bars["naive"]
+        if naive:
+            axis.annotate(
+                f"{naive['ms'] / plan['ms']:.1f}x",
+                (max(plan["gb_per_s"], copy), y - bar),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                fontweight="bold",
+                color=_COLORS["kernel"],
+            )
+    axis.set_yticks(range(len(groups)), [_row_label(group[0]) for group in groups], fontsize=8.5)
+    axis.invert_yaxis()
+    axis.margins(x=0.14)
+    axis.set_xlim(left=0)
+    axis.set_title(f"ema {ema}, params {param}", fontsize=10, loc="left")
+    axis.set_xlabel("GB/s (number: speed-up over the naive loop)", fontsize=9)
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.grid(True, color="#e6e6e6")
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+
+
+def _row_label(r: Record) -> str:
+    return f"{r['title']}\n{r['num_tensors']:,} tensors, {r['num_elements'] / 1e6:,.3g} M"
+
+
+def _pyplot() -> Any:
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("Agg")
+    # Ids of an SVG are random otherwise, and every new plot would be a diff of the whole file.
+    matplotlib.rcParams["svg.hashsalt"] = "fused_ema"
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def find(package: str) -> ModuleType | None:
+    """An optional package, or None where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        return None

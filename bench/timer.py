@@ -1,0 +1,292 @@
+"""How a measurement is made: values checked first, then providers timed turn by turn.
+
+The protocol. Providers take turns round by round, in rotating order, so that whatever else the
+machine does hits all of them alike; a figure is the median of the rounds. Before every cold call
+the tensors have left the caches: the calls walk through sets of tensors that together are four
+times the last-level cache. Host time is measured apart from device time.
+"""
+
+import gc
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.providers import Call, Lists, Op
+
+MIN_ROUNDS = 5
+MAX_ROUNDS = 31
+MIN_SAMPLE_S = 200e-6  # Shorter calls are timed several at once.
+HOT_BYTES = 25e6  # Above this an update in training doesn't find its tensors in a cache.
+_MAX_CALLS = 1000
+_CACHE_MULTIPLE = 4
+_MAX_SETS = 128
+_CACHE_GUESS_BYTES = 32 * 2**20
+_TENSOR_BYTES = 512  # What torch keeps about a tensor, roughly: TensorImpl, StorageImpl, PyObject.
+
+# The largest error of an update, as a fraction of |ema| + |param|: four roundings to the ema's
+# dtype, which is what mul_ and add_ with both factors rounded to that dtype may lose.
+TOLERANCE = {
+    torch.float64: 2 * torch.finfo(torch.float64).eps,
+    torch.float32: 2 * torch.finfo(torch.float32).eps,
+    torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps,
+    torch.float16: 2 * torch.finfo(torch.float16).eps,
+}
+
+# ---- checking values
+
+
+def reference(op: Op, ema: Tensor, param: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
+    """What ema and param hold after the op; an updated ema in float64."""
+    if op == "update":
+        return ema.double() * (1 - momentum) + param.double() * momentum, param
+    if op == "swap":
+        return param.to(ema.dtype), ema.to(param.dtype)
+    return param.to(ema.dtype), param
+
+
+def check(op: Op, before: Lists, after: Lists, momentum: float) -> str:
+    """Compares every element of a result to the reference; returns what is wrong, or nothing."""
+    # Small pieces stay in a CPU's cache; a GPU needs large ones to be busy.
+    size = 2**24 if before.ema[0].is_cuda else 2**18
+    start = 0
+    sides = (before.ema, before.params, after.ema, after.params)
+    for ema, param, new_ema, new_param in zip(*(_pieces(s, size) for s in sides), strict=True):
+        right_ema, right_param = reference(op, ema, param, momentum)
+        if op == "update":
+            bound = (ema.abs().double() + param.abs().double()) * TOLERANCE[ema.dtype]
+            # Written so that a NaN is wrong.
+            wrong = ~((new_ema.double() - right_ema).abs() <= bound)
+        else:
+            wrong = new_ema != right_ema
+        for side, bad, new, right in (
+            ("ema", wrong, new_ema, right_ema),
+            ("param", new_param != right_param, new_param, right_param),
+        ):
+            if bad.any():
+                i = int(bad.nonzero()[0])
+                return (
+                    f"{op}: {side} element {start + i} of the list is {new[i].item()!r}, "
+                    f"the reference says {right[i].item()!r}"
+                )
+        start += ema.numel()
+    return ""
+
+
+def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """All elements in the list's order, in flat pieces of about `size`."""
+    group: list[Tensor] = []
+    count = 0
+    for tensor in tensors:
+        for part in tensor.reshape(-1).split(size):
+            group.append(part)
+            count += part.numel()
+            if count >= size:
+                yield torch.cat(group) if len(group) > 1 else group[0]
+                group, count = [], 0
+    if group:
+        yield torch.cat(group)
+
+
+# ---- caches
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache: a GPU's L2, or all of a CPU's caches of the highest level."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    # sysconf would do as well, but in a virtual machine it may report the host's.
+    levels: dict[int, dict[str, int]] = {}
+    for index in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        try:
+            level, size, shared = (
+                (index / name).read_text().strip() for name in ("level", "size", "shared_cpu_list")
+            )
+        except OSError:
+            continue
+        if match := re.fullmatch(r"(\d+)K", size):
+            levels.setdefault(int(level), {})[shared] = int(match[1]) * 1024
+    return sum(levels[max(levels)].values()) if levels else _CACHE_GUESS_BYTES
+
+
+def num_cold_sets(data_bytes: int, num_tensors: int, cache: int, device_type: str) -> int:
+    """How many sets make a rotation cold: 1 where one set is enough, 0 where too many would be.
+
+    On a CPU the records that torch keeps about each tensor pass through the same caches as its
+    data; for 10,000 x 64 they are most of it.
+    """
+    set_bytes = data_bytes + num_tensors * (_TENSOR_BYTES if device_type == "cpu" else 0)
+    needed = math.ceil(_CACHE_MULTIPLE * cache / max(1, set_bytes))
+    return needed if needed <= _MAX_SETS else 0
+
+
+# ---- clocks
+
+
+class CpuClock:
+    """Times calls that are done when they return."""
+
+    def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
+        """Seconds a call, over all of `calls`."""
+        start = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - start) / len(calls)
+
+
+class CudaClock:
+    """Times what the GPU does, with events around the calls.
+
+    A spinning kernel holds the stream while the host fills the queue, so the time between two
+    launches doesn't count. It spins 1 ms, or longer where the calls need longer to launch, up to
+    20 ms; a provider beyond that, or with more launches than the queue holds, is as slow as its
+    host, in training too.
+    """
+
+    def __init__(self) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cycles = 2_000_000
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+        start.record()
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        self._cycles_per_s = cycles / (start.elapsed_time(end) / 1e3)
+
+    def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
+        """Seconds a call, over all of `calls`, whose launch takes about `host_s` each."""
+        spin_s = min(20e-3, max(1e-3, 1.5 * host_s * len(calls)))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(spin_s * self._cycles_per_s))  # type: ignore[no-untyped-call]
+        start.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / len(calls)
+
+
+class HostClock:
+    """Times how long a GPU's calls keep the host, each with an empty queue ahead of it."""
+
+    def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
+        """Seconds a call, over all of `calls`."""
+        total = 0.0
+        for call in calls:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            total += time.perf_counter() - start
+        torch.cuda.synchronize()
+        return total / len(calls)
+
+
+Clock = CpuClock | CudaClock | HostClock
+
+# ---- timing
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call over all rounds: median, 10th and 90th percentile."""
+
+    median: float
+    p10: float
+    p90: float
+    rounds: int
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """The percentile, linear between the two nearest values."""
+    ordered = sorted(values)
+    position = (len(ordered) - 1) * percent / 100
+    low = math.floor(position)
+    high = math.ceil(position)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def interleave(
+    calls: dict[str, list[Call]],
+    clock: Clock,
+    *,
+    seconds: float,
+    rounds: int | None = None,
+    hot: bool = False,
+    host_s: dict[str, float] | None = None,
+) -> dict[str, Timing]:
+    """Times providers in turn.
+
+    Args:
+        calls: By provider, one call for each set of tensors, in the same order of sets.
+        clock: What to time with.
+        seconds: When to stop, once MIN_ROUNDS are done.
+        rounds: Exactly so many, whatever the time.
+        hot: Run once untimed before each sample, so that the tensors are in the caches.
+        host_s: By provider, about how long the host takes for a call.
+    """
+    num_sets = len(next(iter(calls.values())))
+    # One walk over the sets for all: a provider must not find what the one before it has touched.
+    sets = cycle(range(num_sets))
+    host_s = host_s or {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+
+    def sample(name: str, count: int) -> float:
+        own = calls[name]
+        todo = [own[next(sets)] for _ in range(count)]
+        if hot:
+            todo[0]()
+        return clock.seconds(todo, host_s.get(name, 0.0))
+
+    with _no_garbage_collection():
+        counts = {}
+        for name in names:
+            sample(name, 1)  # Warms up: code, allocator, clocks.
+            needed = MIN_SAMPLE_S / max(sample(name, 1), 1e-9)
+            counts[name] = min(_MAX_CALLS, math.ceil(needed))
+        deadline = time.perf_counter() + seconds
+        for i in range(rounds or MAX_ROUNDS):
+            if rounds is None and i >= MIN_ROUNDS and time.perf_counter() > deadline:
+                break
+            shift = i % len(names)
+            for name in names[shift:] + names[:shift]:
+                samples[name].append(sample(name, counts[name]))
+    return {
+        name: Timing(percentile(s, 50), percentile(s, 10), percentile(s, 90), len(s))
+        for name, s in samples.items()
+    }
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    # Lists of 10,000 tensors make a collection take longer than the call that triggers it.
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def one_element_lists(
+    num_tensors: int, ema: torch.dtype, param: torch.dtype, device: torch.device
+) -> Lists:
+    """As many tensors of one element: what a call on them takes is the host's overhead.
+
+    The only way to tell it from the work on a CPU, where both happen in the same call.
+    """
+    one = torch.ones(1, device=device)
+    return Lists(
+        [one.to(ema, copy=True) for _ in range(num_tensors)],
+        [one.to(param, copy=True) for _ in range(num_tensors)],
+    )

@@ -1,0 +1,175 @@
+// pybind11 and the torch library: names and argument types, no logic.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+
+#include "cpu/launch.h"
+#include "ops.h"
+#include "plan.h"
+#ifdef FUSED_EMA_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace py = pybind11;
+
+namespace fused_ema {
+namespace {
+
+// Walks the list itself: torch's caster for vectors of tensors takes twice as long per tensor.
+Tensors unpack(const char* op, const char* side, PyObject* list) {
+  if (!PyList_Check(list) && !PyTuple_Check(list)) {
+    throw py::type_error(std::string("fused_ema.") + op + ": " + side + " is a " +
+                         Py_TYPE(list)->tp_name + "; pass a list or tuple of tensors");
+  }
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
+  PyObject** items = PySequence_Fast_ITEMS(list);
+  Tensors tensors;
+  tensors.reserve(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!THPVariable_Check(items[i])) {
+      throw py::type_error(std::string("fused_ema.") + op + ": " + side + "[" + std::to_string(i) +
+                           "] is a " + Py_TYPE(items[i])->tp_name + "; pass tensors only");
+    }
+    tensors.push_back(THPVariable_Unpack(items[i]));
+  }
+  return tensors;
+}
+
+// A number or a 0-dim tensor, as the update that it asks for.
+Operation parse_update(const char* op, py::handle momentum, const std::string& form) {
+  if (THPVariable_Check(momentum.ptr())) {
+    return update_operation(op, THPVariable_Unpack(momentum.ptr()), form);
+  }
+  const double value = PyFloat_AsDouble(momentum.ptr());
+  if (value == -1.0 && PyErr_Occurred()) {
+    PyErr_Clear();
+    throw py::type_error(std::string("fused_ema.") + op + ": momentum is a " +
+                         Py_TYPE(momentum.ptr())->tp_name +
+                         "; pass a float, or a 0-dim torch.float64 tensor");
+  }
+  return update_operation(op, value, form);
+}
+
+void py_update(py::handle ema, py::handle params, py::handle momentum, const std::string& form) {
+  const Tensors a = unpack("update_", "ema", ema.ptr());
+  const Tensors b = unpack("update_", "params", params.ptr());
+  const Operation operation = parse_update("update_", momentum, form);
+  const py::gil_scoped_release no_gil;
+  run_once(kUpdateSignature, a, b, operation);
+}
+
+void py_swap(py::handle first, py::handle second) {
+  const Tensors a = unpack("swap_", "a", first.ptr());
+  const Tensors b = unpack("swap_", "b", second.ptr());
+  const py::gil_scoped_release no_gil;
+  swap_(a, b);
+}
+
+void py_copy(py::handle dst, py::handle src) {
+  const Tensors a = unpack("copy_", "dst", dst.ptr());
+  const Tensors b = unpack("copy_", "src", src.ptr());
+  const py::gil_scoped_release no_gil;
+  copy_(a, b);
+}
+
+py::list describe(const Plan& plan) {
+  py::list result;
+  for (const Plan::GroupFacts& fact : plan.describe()) {
+    py::dict entry;
+    entry["backend"] = fact.backend;
+    entry["device"] = fact.device;
+    entry["ema_dtype"] = fact.ema_dtype;
+    entry["param_dtype"] = fact.param_dtype;
+    entry["num_tensors"] = fact.num_tensors;
+    entry["num_elements"] = fact.num_elements;
+    result.append(std::move(entry));
+  }
+  return result;
+}
+
+// (index of the pair, first element, elements, is a block tile) of every tile, for tests.
+py::list tiles_of(const std::vector<std::tuple<uint64_t, uint64_t, int64_t>>& spans, int size_a,
+                  int size_b) {
+  std::vector<Span> list;
+  for (const auto& [a, b, n] : spans) {
+    list.push_back(Span{reinterpret_cast<void*>(a), reinterpret_cast<void*>(b), n});
+  }
+  const TileTable table = make_tile_table(tile_shape(size_a, size_b), list);
+  py::list result;
+  for (size_t i = 0; i < table.tiles.size(); ++i) {
+    const Tile& tile = table.tiles[i];
+    const Span& span = list[tile.pair];
+    const auto a = static_cast<char*>(tile.a) - static_cast<char*>(span.a);
+    const auto b = static_cast<char*>(tile.b) - static_cast<char*>(span.b);
+    result.append(py::make_tuple(tile.pair, a / size_a, b / size_b, tile.n,
+                                 static_cast<int64_t>(i) < table.num_block_tiles));
+  }
+  return result;
+}
+
+std::string cuda_architectures() {
+#ifdef FUSED_EMA_WITH_CUDA
+  return cuda::built_architectures();
+#else
+  return "";
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "The compiled part of fused_ema; fused_ema/ops.py and plan.py are its surface.";
+  m.def("update_", &py_update);
+  m.def("swap_", &py_swap);
+  m.def("copy_", &py_copy);
+
+  py::class_<Plan>(m, "Plan")
+      .def(py::init([](py::handle ema, py::handle params, std::vector<std::string> names) {
+        return std::make_unique<Plan>(unpack("Plan", "ema", ema.ptr()),
+                                      unpack("Plan", "params", params.ptr()), std::move(names));
+      }))
+      .def("update",
+           [](Plan& plan, py::handle momentum, const std::string& form) {
+             const Operation operation = parse_update("Plan.update", momentum, form);
+             const py::gil_scoped_release no_gil;
+             plan.update(operation);
+           })
+      .def("swap", &Plan::swap, py::call_guard<py::gil_scoped_release>())
+      .def("copy_to_ema", &Plan::copy_to_ema, py::call_guard<py::gil_scoped_release>())
+      .def("copy_to_params", &Plan::copy_to_params, py::call_guard<py::gil_scoped_release>())
+      .def("describe", &describe)
+      .def_property_readonly("num_refreshes", &Plan::num_refreshes);
+
+  m.def("service_of", [](const std::string& device) {
+    const Service service = service_of(at::Device(device));
+    return py::make_tuple(service.backend, service.reason);
+  });
+  m.def("cuda_architectures", &cuda_architectures);
+  m.def("instruction_set", &cpu::instruction_set);
+  m.def("set_instruction_set", &cpu::set_instruction_set);
+  m.def("runs_parallel", &runs_parallel);
+  m.def("tiles_of", &tiles_of);
+}
+
+TORCH_LIBRARY(fused_ema, m) {
+  m.def("update_(Tensor(a!)[] ema, Tensor[] params, float momentum, str form='lerp') -> ()");
+  m.def("update_.tensor(Tensor(a!)[] ema, Tensor[] params, Tensor momentum, str form='lerp') -> ()");
+  m.def("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()");
+  m.def("copy_(Tensor(a!)[] dst, Tensor[] src) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(fused_ema, CompositeExplicitAutograd, m) {
+  m.impl("update_", [](at::TensorList ema, at::TensorList params, double momentum,
+                       c10::string_view form) {
+    update_(ema.vec(), params.vec(), momentum, std::string(form));
+  });
+  m.impl("update_.tensor", [](at::TensorList ema, at::TensorList params, const at::Tensor& momentum,
+                              c10::string_view form) {
+    update_(ema.vec(), params.vec(), momentum, std::string(form));
+  });
+  m.impl("swap_", [](at::TensorList a, at::TensorList b) { swap_(a.vec(), b.vec()); });
+  m.impl("copy_", [](at::TensorList dst, at::TensorList src) { copy_(dst.vec(), src.vec()); });
+}
+
+}  // namespace fused_ema

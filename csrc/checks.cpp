@@ -1,0 +1,277 @@
+#include "checks.h"
+
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+
+namespace fused_ema {
+namespace {
+
+std::string where(const char* side, size_t index, const std::vector<std::string>& names) {
+  std::string text = std::string(side) + "[" + std::to_string(index) + "]";
+  if (!names.empty()) text += " ('" + names[index] + "')";
+  return text;
+}
+
+const char* layout_name(at::Layout layout) {
+  switch (layout) {
+    case at::kSparse:
+      return "sparse_coo";
+    case at::kSparseCsr:
+      return "sparse_csr";
+    case at::kMkldnn:
+      return "_mkldnn";
+    default:
+      return "not strided";
+  }
+}
+
+std::optional<Dtype> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      return std::nullopt;
+  }
+}
+
+std::string supported_pairs(bool either_order) {
+  std::string text;
+  const auto add = [&](Dtype a, Dtype b) {
+    if (!text.empty()) text += ", ";
+    text += std::string(dtype_name(a)) + "/" + dtype_name(b);
+  };
+  for (const PairDtypes& pair : kPairDtypes) add(pair.a, pair.b);
+  if (either_order) {
+    for (const PairDtypes& pair : kPairDtypes) {
+      if (pair.a != pair.b) add(pair.b, pair.a);
+    }
+  }
+  return text;
+}
+
+bool is_expanded(const at::Tensor& tensor) {
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.stride(d) == 0 && tensor.size(d) > 1) return true;
+  }
+  return false;
+}
+
+// Wrappers and lazy views have no memory of their own to work on.
+bool is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kNotPlain{
+      c10::DispatchKey::Python,          c10::DispatchKey::FuncTorchBatched,
+      c10::DispatchKey::Functionalize,   c10::DispatchKey::FuncTorchGradWrapper,
+      c10::DispatchKey::Negative,        c10::DispatchKey::Conjugate,
+      c10::DispatchKey::ZeroTensor};
+  return !tensor.key_set().has_any(kNotPlain);
+}
+
+bool has_data(const at::Tensor& tensor) {
+  return tensor.numel() > 0 && is_plain(tensor) && tensor.has_storage() && !tensor.is_meta();
+}
+
+// The outcome of the whole check on one pair that the fast test below could not clear.
+void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
+                const std::string& at_a, const std::string& at_b) {
+  const auto check_layout = [&](const at::Tensor& tensor, const std::string& at) {
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "fused_ema.", s.op, ": ", at, " has layout torch.",
+                     layout_name(tensor.layout()),
+                     "; only dense tensors can be averaged, pass .to_dense() or leave it out");
+  };
+  check_layout(a, at_a);
+  check_layout(b, at_b);
+  TORCH_CHECK_TYPE(find_pair(a.scalar_type(), b.scalar_type(), s.either_order).has_value(),
+                   "fused_ema.", s.op, ": ", at_a, " is torch.", dtype_name(a.scalar_type()),
+                   " and ", at_b, " is torch.", dtype_name(b.scalar_type()),
+                   "; supported pairs: ", supported_pairs(s.either_order),
+                   ". Convert one of them, or leave the pair out");
+  TORCH_CHECK_VALUE(a.sizes() == b.sizes(), "fused_ema.", s.op, ": ", at_a, " has shape ",
+                    a.sizes(), " but ", at_b, " has shape ", b.sizes(),
+                    "; pass lists whose tensors match pairwise");
+  TORCH_CHECK_VALUE(a.device() == b.device(), "fused_ema.", s.op, ": ", at_a, " is on ",
+                    a.device(), " but ", at_b, " is on ", b.device(),
+                    "; move one of them to the other's device");
+  const auto check_written = [&](const at::Tensor& tensor, const std::string& at) {
+    TORCH_CHECK_VALUE(!is_expanded(tensor), "fused_ema.", s.op, ": ", at,
+                      " is expanded: several of its elements share one place in memory; pass a "
+                      ".contiguous() copy");
+    TORCH_CHECK(!tensor.is_inference() || c10::InferenceMode::is_enabled(), "fused_ema.", s.op,
+                ": ", at,
+                " is an inference tensor and can't be written outside torch.inference_mode(); "
+                "pass a .clone() made outside of it");
+  };
+  if (s.writes_a) check_written(a, at_a);
+  if (s.writes_b) check_written(b, at_b);
+}
+
+// What check_pair would let pass, for the usual case, without building the texts.
+bool is_usual(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
+  return a.layout() == at::kStrided && b.layout() == at::kStrided &&
+         find_pair(a.scalar_type(), b.scalar_type(), s.either_order).has_value() &&
+         a.sizes() == b.sizes() && a.device() == b.device() && a.is_non_overlapping_and_dense() &&
+         b.is_non_overlapping_and_dense() && !a.is_inference() && !b.is_inference();
+}
+
+struct Range {
+  uintptr_t begin;
+  uintptr_t end;
+  uint32_t index;
+  bool is_b;
+  bool written;
+  int16_t device;
+};
+
+void check_overlap(const Signature& s, const Tensors& a, const Tensors& b,
+                   const std::vector<std::string>& names) {
+  std::vector<Range> ranges;
+  ranges.reserve(a.size() + b.size());
+  const auto add = [&](const Tensors& tensors, bool is_b, bool written) {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      const at::Tensor& tensor = tensors[i];
+      // Whether tensors with gaps overlap can't be told from their ranges (as in torch).
+      if (!has_data(tensor) || !tensor.is_non_overlapping_and_dense()) continue;
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+      const c10::Device device = tensor.device();
+      ranges.push_back(Range{begin, begin + tensor.nbytes(), static_cast<uint32_t>(i), is_b,
+                             written,
+                             static_cast<int16_t>(static_cast<int>(device.type()) * 256 +
+                                                  device.index() + 1)});
+    }
+  };
+  add(a, false, s.writes_a);
+  add(b, true, s.writes_b);
+  const auto before = [](const Range& x, const Range& y) {
+    return x.begin != y.begin ? x.begin < y.begin : x.written > y.written;
+  };
+  // Allocations often come in order of address.
+  if (!std::is_sorted(ranges.begin(), ranges.end(), before)) {
+    std::sort(ranges.begin(), ranges.end(), before);
+  }
+  const Range* last_read = nullptr;
+  const Range* last_written = nullptr;
+  for (const Range& range : ranges) {
+    // A read may repeat a read; nothing else may start before a range ends.
+    for (const Range* other : {last_written, range.written ? last_read : nullptr}) {
+      if (other == nullptr || other->device != range.device || range.begin >= other->end) continue;
+      const bool in_order = std::pair(other->is_b, other->index) < std::pair(range.is_b, range.index);
+      const Range& one = in_order ? *other : range;
+      const Range& two = in_order ? range : *other;
+      const auto place = [&](const Range& r) {
+        return where(r.is_b ? s.side_b : s.side_a, r.index, names);
+      };
+      TORCH_CHECK_VALUE(false, "fused_ema.", s.op, ": ", place(one), " and ", place(two),
+                        " share memory; pass each tensor once, or a .clone() of one of them");
+    }
+    const Range*& last = range.written ? last_written : last_read;
+    if (last == nullptr || last->device != range.device || range.end > last->end) last = &range;
+  }
+}
+
+}  // namespace
+
+const char* dtype_name(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kHalf:
+      return "float16";
+    case at::kByte:
+      return "uint8";
+    case at::kChar:
+      return "int8";
+    case at::kShort:
+      return "int16";
+    case at::kInt:
+      return "int32";
+    case at::kLong:
+      return "int64";
+    case at::kBool:
+      return "bool";
+    case at::kComplexFloat:
+      return "complex64";
+    case at::kComplexDouble:
+      return "complex128";
+    default:
+      return c10::toString(type);
+  }
+}
+
+const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return "float32";
+    case Dtype::kFloat64:
+      return "float64";
+    case Dtype::kBFloat16:
+      return "bfloat16";
+    case Dtype::kFloat16:
+      return "float16";
+  }
+  return "";
+}
+
+std::optional<FoundPair> find_pair(at::ScalarType a, at::ScalarType b, bool either_order) {
+  const std::optional<Dtype> x = dtype_of(a);
+  const std::optional<Dtype> y = dtype_of(b);
+  if (!x || !y) return std::nullopt;
+  for (int i = 0; i < kNumDtypePairs; ++i) {
+    const auto pair = static_cast<DtypePair>(i);
+    const PairDtypes dtypes = dtypes_of(pair);
+    if (dtypes.a == *x && dtypes.b == *y) return FoundPair{pair, false};
+    if (either_order && dtypes.a == *y && dtypes.b == *x) return FoundPair{pair, true};
+  }
+  return std::nullopt;
+}
+
+void check_lists(const Signature& s, const Tensors& a, const Tensors& b,
+                 const std::vector<std::string>& names) {
+  TORCH_CHECK_VALUE(a.size() == b.size(), "fused_ema.", s.op, ": ", s.side_a, " holds ", a.size(),
+                    " tensors but ", s.side_b, " holds ", b.size(),
+                    "; pass lists of the same length");
+  TORCH_CHECK_VALUE(names.empty() || names.size() == a.size(), "fused_ema.", s.op, ": ",
+                    names.size(), " names for ", a.size(),
+                    " pairs; pass one name a pair, or none");
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (!is_usual(s, a[i], b[i])) {
+      check_pair(s, a[i], b[i], where(s.side_a, i, names), where(s.side_b, i, names));
+    }
+  }
+  check_overlap(s, a, b, names);
+}
+
+void check_momentum(const char* op, double momentum) {
+  // NaN fails both comparisons.
+  TORCH_CHECK_VALUE(momentum >= 0.0 && momentum <= 1.0, "fused_ema.", op, ": momentum is ",
+                    momentum,
+                    "; it is the weight of the new value and must be in [0, 1]");
+}
+
+Form parse_form(const char* op, const std::string& form) {
+  if (form == "lerp") return Form::kLerp;
+  if (form == "mul_add") return Form::kMulAdd;
+  TORCH_CHECK_VALUE(false, "fused_ema.", op, ": form is '", form,
+                    "'; choose 'lerp' or 'mul_add'");
+}
+
+bool has_plain_memory(const at::Tensor& a, const at::Tensor& b) {
+  if (!is_plain(a) || !is_plain(b) || !a.has_storage() || !b.has_storage()) return false;
+  if (!a.is_non_overlapping_and_dense() || !b.is_non_overlapping_and_dense()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.stride(d) != b.stride(d) && a.size(d) > 1) return false;
+  }
+  return reinterpret_cast<uintptr_t>(a.const_data_ptr()) % a.element_size() == 0 &&
+         reinterpret_cast<uintptr_t>(b.const_data_ptr()) % b.element_size() == 0;
+}
+
+}  // namespace fused_ema

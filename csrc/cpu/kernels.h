@@ -1,0 +1,26 @@
+// One table of kernels per instruction set; launch.cpp chooses at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype_pairs.h"
+#include "../ema_math.h"
+
+namespace fused_ema::cpu {
+
+// Works on n elements at a and b. momentum is for update alone.
+using SpanKernel = void (*)(double momentum, void* a, void* b, int64_t n);
+
+// One function per set and operation, in csrc/cpu/{update,swap,copy}.cpp.
+#define FUSED_EMA_DECLARE_KERNELS(isa)                  \
+  namespace isa {                                       \
+  SpanKernel update_kernel(DtypePair pair, Form form);  \
+  SpanKernel swap_kernel(DtypePair pair);               \
+  SpanKernel copy_kernel(DtypePair pair, bool to_a);    \
+  }
+FUSED_EMA_DECLARE_KERNELS(generic)
+FUSED_EMA_DECLARE_KERNELS(avx2)
+FUSED_EMA_DECLARE_KERNELS(avx512)
+#undef FUSED_EMA_DECLARE_KERNELS
+
+}  // namespace fused_ema::cpu

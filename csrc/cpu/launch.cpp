@@ -1,0 +1,114 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+namespace fused_ema::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  bool (*runs_here)();
+  SpanKernel (*update)(DtypePair, Form);
+  SpanKernel (*swap)(DtypePair);
+  SpanKernel (*copy)(DtypePair, bool);
+};
+
+constexpr InstructionSet kInstructionSets[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+     },
+     avx512::update_kernel, avx512::swap_kernel, avx512::copy_kernel},
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     },
+     avx2::update_kernel, avx2::swap_kernel, avx2::copy_kernel},
+#endif
+    {"generic", [] { return true; }, generic::update_kernel, generic::swap_kernel,
+     generic::copy_kernel},
+};
+
+const InstructionSet* best() {
+  return std::find_if(std::begin(kInstructionSets), std::end(kInstructionSets),
+                      [](const InstructionSet& set) { return set.runs_here(); });
+}
+
+std::atomic<const InstructionSet*>& chosen() {
+  static std::atomic<const InstructionSet*> set{best()};
+  return set;
+}
+
+// A span costs about as much as this many elements: a call, and misses on its first lines.
+constexpr int64_t kSpanCost = 128;
+
+// Spans ahead whose first lines are fetched while this one runs. Small tensors are too short for
+// the hardware's prefetchers to start.
+constexpr size_t kSpansAhead = 6;
+constexpr int64_t kPrefetchBytes = 512;
+
+void prefetch(const Span& span, const TileShape& shape) {
+  const int64_t a_bytes = std::min(span.n * shape.size_a, kPrefetchBytes);
+  const int64_t b_bytes = std::min(span.n * shape.size_b, kPrefetchBytes);
+  for (int64_t i = 0; i < a_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.a) + i, 1);
+  for (int64_t i = 0; i < b_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.b) + i, 0);
+}
+
+}  // namespace
+
+SpanTable make_span_table(std::vector<Span> spans) {
+  SpanTable table{std::move(spans), {}};
+  table.cost_before.reserve(table.spans.size() + 1);
+  int64_t total = 0;
+  for (const Span& span : table.spans) {
+    table.cost_before.push_back(total);
+    total += span.n + kSpanCost;
+  }
+  table.cost_before.push_back(total);
+  return table;
+}
+
+const char* instruction_set() { return chosen().load()->name; }
+
+bool set_instruction_set(const char* name) {
+  for (const InstructionSet& set : kInstructionSets) {
+    if (std::strcmp(set.name, name) == 0 && set.runs_here()) {
+      chosen() = &set;
+      return true;
+    }
+  }
+  return false;
+}
+
+SpanKernel update_kernel(DtypePair pair, Form form) { return chosen().load()->update(pair, form); }
+SpanKernel swap_kernel(DtypePair pair) { return chosen().load()->swap(pair); }
+SpanKernel copy_kernel(DtypePair pair, bool to_a) { return chosen().load()->copy(pair, to_a); }
+
+void run_range(const SpanTable& table, const TileShape& shape, SpanKernel kernel, double momentum,
+               int64_t begin, int64_t end) {
+  const auto& before = table.cost_before;
+  size_t i = std::upper_bound(before.begin(), before.end(), begin) - before.begin() - 1;
+  for (; i < table.spans.size() && before[i] < end; ++i) {
+    const Span& span = table.spans[i];
+    if (i + kSpansAhead < table.spans.size()) prefetch(table.spans[i + kSpansAhead], shape);
+    // A span shared by two ranges is cut by cost, at a multiple of 64 elements so that no two
+    // threads write one cache line's worth of vectors. Both sides compute the same cut.
+    const auto cut = [&](int64_t cost) {
+      const int64_t element = cost - before[i];
+      return element >= span.n ? span.n : std::max<int64_t>(element, 0) / 64 * 64;
+    };
+    const int64_t first = cut(begin);
+    const int64_t last = cut(end);
+    if (first < last) {
+      kernel(momentum, static_cast<char*>(span.a) + first * shape.size_a,
+             static_cast<char*>(span.b) + first * shape.size_b, last - first);
+    }
+  }
+}
+
+}  // namespace fused_ema::cpu

@@ -1,0 +1,36 @@
+// Runs a kernel over a list of spans, in parallel over their concatenated elements.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../tiles.h"
+#include "kernels.h"
+
+namespace fused_ema::cpu {
+
+// Spans, with the running total of their cost: elements plus a charge a span, so that a range of
+// small tensors and a range of one large tensor take a thread equally long.
+struct SpanTable {
+  std::vector<Span> spans;
+  std::vector<int64_t> cost_before;  // one more than spans: the last is the total
+};
+SpanTable make_span_table(std::vector<Span> spans);
+
+// The instruction set in use: "avx512", "avx2" or "generic".
+const char* instruction_set();
+// Chooses one of them by name for this process; false where the machine or the build lacks it.
+bool set_instruction_set(const char* name);
+
+SpanKernel update_kernel(DtypePair pair, Form form);
+SpanKernel swap_kernel(DtypePair pair);
+SpanKernel copy_kernel(DtypePair pair, bool to_a);
+
+// Below this cost a second thread takes longer to start than the work (about 5 us).
+constexpr int64_t kGrainCost = 16384;
+
+// Costs [begin, end) of the table, on this thread.
+void run_range(const SpanTable& table, const TileShape& shape, SpanKernel kernel, double momentum,
+               int64_t begin, int64_t end);
+
+}  // namespace fused_ema::cpu

@@ -1,0 +1,52 @@
+// ema = (1 - m) * ema + m * param
+#include "loop.h"
+
+namespace fused_ema::cpu::FUSED_EMA_ISA {
+namespace {
+
+template <Form kForm, typename A, typename B>
+struct Update {
+  using V = typename VecOf<A>::type;
+  using C = Compute<A>;
+  Coefficients<C> c;
+
+  FUSED_EMA_INLINE void vectors(A* ema, const B* param) const {
+    const V e = load_vec(ema);
+    const V p = load_vec(param);
+    if constexpr (kForm == Form::kLerp) {
+      store_vec(ema, lerp(e, p, c));
+    } else {
+      store_vec(ema, mul_add(e, p, c, [](V x) { return rounded_to(A{}, x); }));
+    }
+  }
+  FUSED_EMA_INLINE void scalar(A* ema, const B* param) const {
+    const C e = load(*ema);
+    const C p = load(*param);
+    if constexpr (kForm == Form::kLerp) {
+      *ema = Stored<A>::from(lerp(e, p, c));
+    } else {
+      *ema = Stored<A>::from(mul_add(e, p, c, [](C x) { return load(Stored<A>::from(x)); }));
+    }
+  }
+};
+
+template <Form kForm, typename A, typename B>
+void run(double momentum, void* a, void* b, int64_t n) {
+  const Update<kForm, A, B> op{coefficients<A, B>(momentum, AlphaRounding::kToEmaDtype)};
+  run_span(op, static_cast<A*>(a), static_cast<B*>(b), n);
+}
+
+}  // namespace
+
+SpanKernel update_kernel(DtypePair pair, Form form) {
+  switch (pair) {
+#define FUSED_EMA_CASE(name, A, B) \
+  case DtypePair::name:            \
+    return form == Form::kLerp ? run<Form::kLerp, A, B> : run<Form::kMulAdd, A, B>;
+    FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+  return nullptr;
+}
+
+}  // namespace fused_ema::cpu::FUSED_EMA_ISA

@@ -1,0 +1,36 @@
+// One-way copy with dtype conversion, in either direction of a pair.
+#include "launch.cuh"
+
+namespace fused_ema::cuda {
+namespace {
+
+template <bool kToA, typename A, typename B>
+struct Copy {
+  static constexpr bool kReadsA = !kToA, kReadsB = kToA, kWritesA = kToA, kWritesB = !kToA;
+  struct Args {};
+  __device__ explicit Copy(const Args&) {}
+
+  __device__ void operator()(A& a, B& b) const {
+    if constexpr (kToA) {
+      a = Converted<A, B>::from(b);
+    } else {
+      b = Converted<B, A>::from(a);
+    }
+  }
+};
+
+}  // namespace
+
+Status launch_copy(DtypePair pair, bool to_a, const Work& work, Stream stream) {
+  switch (pair) {
+#define FUSED_EMA_CASE(name, A, B)                                       \
+  case DtypePair::name:                                                  \
+    return to_a ? launch<Copy<true, A, B>, A, B>(work, {}, stream) \
+                : launch<Copy<false, A, B>, A, B>(work, {}, stream);
+    FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fused_ema::cuda

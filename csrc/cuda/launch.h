@@ -1,0 +1,46 @@
+// What the host may ask of the CUDA kernels. Includes no CUDA header.
+#pragma once
+
+#include <cstdint>
+
+#include "../dtype_pairs.h"
+#include "../ema_math.h"
+#include "../tiles.h"
+
+namespace fused_ema::cuda {
+
+// A cudaError_t; 0 is success.
+using Status = int;
+const char* status_text(Status status);
+
+// A cudaStream_t.
+using Stream = void*;
+
+// Either a plan's table in device memory (one launch), or spans in host memory that travel as
+// kernel arguments (one launch per kMaxSpansPerLaunch tensor pairs).
+struct Work {
+  const Tile* tiles = nullptr;
+  uint32_t num_block_tiles = 0;
+  uint32_t num_warp_tiles = 0;
+  const Span* spans = nullptr;
+  int64_t num_spans = 0;
+};
+
+// By value, or read by the kernel from device memory where the pointer is set.
+struct Momentum {
+  double value;
+  const double* device = nullptr;
+};
+
+Status launch_update(DtypePair pair, Form form, const Work& work, Momentum momentum, Stream stream);
+Status launch_swap(DtypePair pair, const Work& work, Stream stream);
+// From side b to side a of the pair, or the other way.
+Status launch_copy(DtypePair pair, bool to_a, const Work& work, Stream stream);
+
+bool is_capturing(Stream stream);
+// Whether the kernels in this build run on that device.
+bool serves_device(int device);
+// "80 90 100": the architectures of this build.
+const char* built_architectures();
+
+}  // namespace fused_ema::cuda

@@ -1,0 +1,122 @@
+// Device only. The one tile loop that every operation runs in.
+//
+// An operation is a struct with
+//   kReadsA, kReadsB, kWritesA, kWritesB   which sides move
+//   Args                                   what the host passes, by value
+//   Op(const Args&)                        once a thread, before the first load
+//   operator()(A& a, B& b)                 one element, in storage types
+//
+// A source says which tile a block or a warp works on: TableSource reads a plan's table from device
+// memory, ListSource (launch.cuh) finds it in the kernel's arguments.
+#pragma once
+
+#include "../tiles.h"
+#include "vec.cuh"
+
+namespace fused_ema::cuda {
+
+// At most 80 registers a thread: 768 threads of 96 to 128 bytes in flight are 72 KB an SM and more.
+// 4 blocks (64 registers) spill in the fp16 update and the mixed swap.
+constexpr int kBlocksPerSm = 3;
+
+struct TableSource {
+  const Tile* tiles;
+  uint32_t num_block_tiles;
+  uint32_t num_warp_tiles;
+
+  __device__ Tile block_tile(const TileShape&, uint32_t index) const { return tiles[index]; }
+  __device__ Tile warp_tile(const TileShape&, uint32_t index) const {
+    return tiles[num_block_tiles + index];
+  }
+};
+
+// Up to kUnroll vectors a thread, every load issued before the first store. kFull: all of them
+// exist, no bounds to check.
+template <bool kFull, bool kAlignedB, typename Op, typename A, typename B>
+__device__ __forceinline__ void run_vectors(const Op& op, A* __restrict__ a, B* __restrict__ b,
+                                            int num_vectors, int rank, int team_size) {
+  constexpr TileShape kShape = tile_shape(sizeof(A), sizeof(B));
+  constexpr int kVec = kShape.vec;
+  constexpr int kUnroll = kShape.unroll;
+  Vec<A, kVec> va[kUnroll];
+  Vec<B, kVec> vb[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int i = u * team_size + rank;
+    if (kFull || i < num_vectors) {
+      if constexpr (Op::kReadsA) load_vec<true>(va[u], a + i * kVec);
+      if constexpr (Op::kReadsB) load_vec<kAlignedB>(vb[u], b + i * kVec);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+    const int i = u * team_size + rank;
+    if (kFull || i < num_vectors) {
+#pragma unroll
+      for (int k = 0; k < kVec; ++k) op(va[u].e[k], vb[u].e[k]);
+      if constexpr (Op::kWritesA) store_vec<true>(a + i * kVec, va[u]);
+      if constexpr (Op::kWritesB) store_vec<kAlignedB>(b + i * kVec, vb[u]);
+    }
+  }
+}
+
+template <bool kFull, typename Op, typename A, typename B>
+__device__ __forceinline__ void run_body(const Op& op, A* a, B* b, int num_vectors, int rank,
+                                         int team_size) {
+  if (is_aligned(b)) {
+    run_vectors<kFull, true>(op, a, b, num_vectors, rank, team_size);
+  } else {
+    run_vectors<kFull, false>(op, a, b, num_vectors, rank, team_size);
+  }
+}
+
+// Any number of elements up to a warp tile, from any address.
+template <typename Op, typename A, typename B>
+__device__ __forceinline__ void run_warp_tile(const Op& op, const Tile& tile, int lane) {
+  constexpr TileShape kShape = tile_shape(sizeof(A), sizeof(B));
+  A* a = static_cast<A*>(tile.a);
+  B* b = static_cast<B*>(tile.b);
+  const int n = static_cast<int>(tile.n);
+  int head = head_elements(kShape, reinterpret_cast<uintptr_t>(a), reinterpret_cast<uintptr_t>(b));
+  head = head < n ? head : n;
+  const int num_vectors = (n - head) / kShape.vec;
+  const int in_vectors = num_vectors * kShape.vec;
+  // Head and tail together hold fewer than 2 * vec <= 16 elements: at most one a lane.
+  static_assert(2 * kShape.vec <= kWarpSize, "a lane takes at most one odd element");
+  const int odd = lane < head ? lane : lane + in_vectors;
+  const bool has_odd = odd < n && lane < n - in_vectors;
+  A odd_a;
+  B odd_b;
+  if (has_odd) {
+    if constexpr (Op::kReadsA) odd_a = a[odd];
+    if constexpr (Op::kReadsB) odd_b = b[odd];
+  }
+  run_body<false>(op, a + head, b + head, num_vectors, lane, kWarpSize);
+  if (has_odd) {
+    op(odd_a, odd_b);
+    if constexpr (Op::kWritesA) a[odd] = odd_a;
+    if constexpr (Op::kWritesB) b[odd] = odd_b;
+  }
+}
+
+template <typename Op, typename A, typename B, typename Source>
+__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm)
+    tile_loop_kernel(const __grid_constant__ Source source,
+                     const __grid_constant__ typename Op::Args args) {
+  constexpr TileShape kShape = tile_shape(sizeof(A), sizeof(B));
+  const Op op(args);
+  if (blockIdx.x < source.num_block_tiles) {
+    const Tile tile = source.block_tile(kShape, blockIdx.x);
+    run_body<true>(op, static_cast<A*>(tile.a), static_cast<B*>(tile.b), 0,
+                   static_cast<int>(threadIdx.x), kThreadsPerBlock);
+    return;
+  }
+  const uint32_t index = (blockIdx.x - source.num_block_tiles) * kWarpsPerBlock +
+                         threadIdx.x / kWarpSize;
+  if (index < source.num_warp_tiles) {
+    run_warp_tile<Op, A, B>(op, source.warp_tile(kShape, index),
+                            static_cast<int>(threadIdx.x % kWarpSize));
+  }
+}
+
+}  // namespace fused_ema::cuda

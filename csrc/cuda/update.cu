@@ -1,0 +1,53 @@
+// ema = (1 - m) * ema + m * param
+#include "launch.cuh"
+
+namespace fused_ema::cuda {
+namespace {
+
+template <Form kForm, typename A, typename B>
+struct Update {
+  static constexpr bool kReadsA = true, kReadsB = true, kWritesA = true, kWritesB = false;
+  struct Args {
+    Coefficients<Compute<A>> by_value;
+    const double* momentum;
+  };
+  Coefficients<Compute<A>> c;
+
+  __device__ explicit Update(const Args& args)
+      : c(args.momentum == nullptr ? args.by_value
+                                   : coefficients<A, B>(*args.momentum, AlphaRounding::kNone)) {}
+
+  __device__ void operator()(A& ema, const B& param) const {
+    if constexpr (kForm == Form::kLerp) {
+      ema = Stored<A>::from(lerp(load(ema), static_cast<Compute<A>>(load(param)), c));
+    } else {
+      ema = Stored<A>::from(mul_add(load(ema), static_cast<Compute<A>>(load(param)), c,
+                                    [](Compute<A> x) { return load(Stored<A>::from(x)); }));
+    }
+  }
+};
+
+template <Form kForm, typename A, typename B>
+Status launch_form(const Work& work, Momentum momentum, Stream stream) {
+  using Op = Update<kForm, A, B>;
+  const typename Op::Args args{coefficients<A, B>(momentum.value, AlphaRounding::kNone),
+                               momentum.device};
+  return launch<Op, A, B>(work, args, stream);
+}
+
+}  // namespace
+
+Status launch_update(DtypePair pair, Form form, const Work& work, Momentum momentum,
+                     Stream stream) {
+  switch (pair) {
+#define FUSED_EMA_CASE(name, A, B)                                            \
+  case DtypePair::name:                                                       \
+    return form == Form::kLerp ? launch_form<Form::kLerp, A, B>(work, momentum, stream) \
+                               : launch_form<Form::kMulAdd, A, B>(work, momentum, stream);
+    FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fused_ema::cuda

@@ -1,0 +1,52 @@
+// Device only. Vectors of elements that move as whole 16-byte accesses.
+#pragma once
+
+#include <cstdint>
+
+#include "../tiles.h"
+
+namespace fused_ema::cuda {
+
+template <typename T, int N>
+struct alignas(kVectorBytes) Vec {
+  static_assert(N * sizeof(T) % kVectorBytes == 0, "a Vec is a whole number of 16-byte accesses");
+  T e[N];
+};
+
+template <typename T>
+__device__ __forceinline__ bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+template <typename T, int N>
+__device__ __forceinline__ void copy_packets(Vec<T, N>* to, const Vec<T, N>* from) {
+  constexpr int kPackets = sizeof(Vec<T, N>) / kVectorBytes;
+#pragma unroll
+  for (int i = 0; i < kPackets; ++i) {
+    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+  }
+}
+
+// kAligned: 16-byte accesses. Otherwise one access an element; neighbouring lanes still share
+// sectors, so the bytes moved stay the same.
+template <bool kAligned, typename T, int N>
+__device__ __forceinline__ void load_vec(Vec<T, N>& to, const T* from) {
+  if constexpr (kAligned) {
+    copy_packets(&to, reinterpret_cast<const Vec<T, N>*>(from));
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to.e[i] = from[i];
+  }
+}
+
+template <bool kAligned, typename T, int N>
+__device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& from) {
+  if constexpr (kAligned) {
+    copy_packets(reinterpret_cast<Vec<T, N>*>(to), &from);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = from.e[i];
+  }
+}
+
+}  // namespace fused_ema::cuda

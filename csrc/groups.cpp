@@ -1,0 +1,244 @@
+#include "groups.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <atomic>
+#include <cstring>
+#include <unordered_set>
+
+#include "fallback.h"
+#ifdef FUSED_EMA_WITH_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace fused_ema {
+namespace {
+
+// Streams through torch's device-generic interface, so that a torch built for CPU can host this.
+c10::Stream current_stream(at::Device device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+}
+
+Group& group_for(std::vector<Group>& groups, at::Device device, FoundPair found) {
+  // Models keep one or two dtype pairs: the last group is nearly always the right one.
+  for (auto group = groups.rbegin(); group != groups.rend(); ++group) {
+    if (group->pair == found.pair && group->flipped == found.flipped && group->device == device) {
+      return *group;
+    }
+  }
+  Group& group = groups.emplace_back();
+  group.device = device;
+  group.pair = found.pair;
+  group.flipped = found.flipped;
+  return group;
+}
+
+// Views share the version counter of their base, so one bump serves them all.
+Tensors version_holders(const Tensors& tensors) {
+  Tensors holders;
+  holders.reserve(tensors.size());
+  std::unordered_set<const void*> seen;
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.is_inference()) continue;  // has no version counter
+    if (!tensor.is_view()) {
+      holders.push_back(tensor);
+    } else if (seen.insert(tensor._base().unsafeGetTensorImpl()).second) {
+      holders.push_back(tensor);
+    }
+  }
+  return holders;
+}
+
+void bump_versions(const Tensors& tensors) {
+  for (const at::Tensor& tensor : tensors) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+void run_on_cpu(const Group& group, const Operation& operation) {
+  using Kind = Operation::Kind;
+  cpu::SpanKernel kernel = nullptr;
+  switch (operation.kind) {
+    case Kind::kUpdate:
+      kernel = cpu::update_kernel(group.pair, operation.form);
+      break;
+    case Kind::kSwap:
+      kernel = cpu::swap_kernel(group.pair);
+      break;
+    case Kind::kCopyToA:
+    case Kind::kCopyToB:
+      kernel = cpu::copy_kernel(group.pair, (operation.kind == Kind::kCopyToA) != group.flipped);
+      break;
+  }
+  const TileShape shape = tile_shape(group.pair);
+  at::parallel_for(0, group.spans.cost_before.back(), cpu::kGrainCost,
+                   [&](int64_t begin, int64_t end) {
+                     cpu::run_range(group.spans, shape, kernel, operation.momentum, begin, end);
+                   });
+}
+
+#ifdef FUSED_EMA_WITH_CUDA
+void run_on_cuda(const Group& group, const Operation& operation) {
+  using Kind = Operation::Kind;
+  const c10::DeviceGuard guard(group.device);
+  const c10::Stream stream = current_stream(group.device);
+  cuda::Work work;
+  if (group.table.defined()) {
+    work.tiles = static_cast<const Tile*>(group.table.const_data_ptr());
+    work.num_block_tiles = static_cast<uint32_t>(group.num_block_tiles);
+    work.num_warp_tiles = static_cast<uint32_t>(group.num_warp_tiles);
+    // The allocator must not hand the table to another tensor while this stream reads it.
+    if (stream != *group.table_stream) group.table.record_stream(stream);
+  } else {
+    work.spans = group.spans.spans.data();
+    work.num_spans = static_cast<int64_t>(group.spans.spans.size());
+  }
+  cuda::Status status = 0;
+  switch (operation.kind) {
+    case Kind::kUpdate: {
+      cuda::Momentum momentum{operation.momentum};
+      if (operation.device_momentum) {
+        momentum.device = operation.device_momentum->const_data_ptr<double>();
+      }
+      status = cuda::launch_update(group.pair, operation.form, work, momentum,
+                                   stream.native_handle());
+      break;
+    }
+    case Kind::kSwap:
+      status = cuda::launch_swap(group.pair, work, stream.native_handle());
+      break;
+    case Kind::kCopyToA:
+    case Kind::kCopyToB:
+      status = cuda::launch_copy(group.pair, (operation.kind == Kind::kCopyToA) != group.flipped,
+                                 work, stream.native_handle());
+      break;
+  }
+  TORCH_CHECK(status == 0, "fused_ema: the launch on ", group.device, " failed: ",
+              cuda::status_text(status));
+}
+#endif
+
+}  // namespace
+
+Service service_of(at::Device device) {
+  if (device.is_cpu()) return {"cpu", ""};
+  if (!device.is_cuda()) return {"foreach", "no kernels for this kind of device"};
+#ifdef FUSED_EMA_WITH_CUDA
+  if (cuda::serves_device(device.has_index() ? device.index() : 0)) return {"cuda", ""};
+  return {"foreach", "the kernels need compute capability 8.0 or later"};
+#else
+  return {"foreach", "built without nvcc"};
+#endif
+}
+
+bool is_capturing([[maybe_unused]] at::Device device) {
+#ifdef FUSED_EMA_WITH_CUDA
+  return device.is_cuda() && cuda::is_capturing(current_stream(device).native_handle());
+#else
+  return false;
+#endif
+}
+
+bool runs_parallel() {
+  std::atomic<int> num_ranges{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++num_ranges; });
+  return num_ranges == at::get_num_threads();
+}
+
+Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
+  Groups result;
+  std::vector<std::vector<Span>> spans;
+  std::optional<at::Device> last_device;
+  bool last_served = false;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const at::Device device = a[i].device();
+    if (device != last_device) {
+      last_device = device;
+      last_served = std::strcmp(service_of(device).backend, "foreach") != 0;
+    }
+    if (!last_served || !has_plain_memory(a[i], b[i])) {
+      result.fallback_a.push_back(a[i]);
+      result.fallback_b.push_back(b[i]);
+      continue;
+    }
+    const FoundPair found = *find_pair(a[i].scalar_type(), b[i].scalar_type(), s.either_order);
+    Group& group = group_for(result.groups, device, found);
+    ++group.num_pairs;
+    spans.resize(result.groups.size());
+    if (a[i].numel() == 0) continue;
+    // The mutable pointer of a lazily copied tensor is its own memory, the const one may not be.
+    Span span{s.writes_a ? a[i].mutable_data_ptr() : const_cast<void*>(a[i].const_data_ptr()),
+              s.writes_b ? b[i].mutable_data_ptr() : const_cast<void*>(b[i].const_data_ptr()),
+              a[i].numel()};
+    if (found.flipped) std::swap(span.a, span.b);
+    spans[&group - result.groups.data()].push_back(span);
+  }
+  for (size_t i = 0; i < result.groups.size(); ++i) {
+    result.groups[i].spans = cpu::make_span_table(std::move(spans[i]));
+  }
+  if (s.writes_a) result.versions_a = version_holders(a);
+  if (s.writes_b) result.versions_b = version_holders(b);
+  return result;
+}
+
+void upload_tables(Groups& groups) {
+  for (Group& group : groups.groups) {
+    if (!group.device.is_cuda()) continue;
+    const TileTable table = make_tile_table(tile_shape(group.pair), group.spans.spans);
+    const int64_t bytes = static_cast<int64_t>(table.tiles.size() * sizeof(Tile));
+    const c10::DeviceGuard guard(group.device);
+    // Pinned, so that the copy doesn't wait; torch's host allocator keeps it until it has run.
+    const at::Tensor staged =
+        at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+    std::memcpy(staged.mutable_data_ptr(), table.tiles.data(), bytes);
+    group.table = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(group.device));
+    group.table.copy_(staged, /*non_blocking=*/true);
+    group.table_stream = current_stream(group.device);
+    group.num_block_tiles = table.num_block_tiles;
+    group.num_warp_tiles = table.num_warp_tiles();
+  }
+}
+
+void check_device_momentum(const char* op, const Groups& groups, const Operation& operation) {
+  if (!operation.device_momentum) return;
+  const at::Device device = operation.device_momentum->device();
+  const auto check = [&](at::Device other) {
+    TORCH_CHECK_VALUE(other == device, "fused_ema.", op, ": momentum is a tensor on ", device,
+                      " but the lists hold tensors on ", other,
+                      "; pass a float, or a momentum on the tensors' device");
+  };
+  for (const Group& group : groups.groups) check(group.device);
+  for (const at::Tensor& tensor : groups.fallback_a) check(tensor.device());
+}
+
+void run(const Groups& groups, const Operation& operation) {
+  using Kind = Operation::Kind;
+  for (const Group& group : groups.groups) {
+    if (group.spans.spans.empty()) continue;
+#ifdef FUSED_EMA_WITH_CUDA
+    if (group.device.is_cuda()) {
+      run_on_cuda(group, operation);
+      continue;
+    }
+#endif
+    run_on_cpu(group, operation);
+  }
+  const Tensors& a = groups.fallback_a;
+  const Tensors& b = groups.fallback_b;
+  if (operation.kind == Kind::kUpdate && !a.empty()) {
+    fallback::update(a, b, operation.momentum, operation.device_momentum, operation.form);
+  } else if (operation.kind == Kind::kSwap) {
+    fallback::swap(a, b);
+  } else if (operation.kind == Kind::kCopyToA) {
+    fallback::copy(a, b);
+  } else if (operation.kind == Kind::kCopyToB) {
+    fallback::copy(b, a);
+  }
+  if (operation.kind != Kind::kCopyToB) bump_versions(groups.versions_a);
+  if (operation.kind == Kind::kSwap || operation.kind == Kind::kCopyToB) {
+    bump_versions(groups.versions_b);
+  }
+}
+
+}  // namespace fused_ema

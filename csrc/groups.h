@@ -1,0 +1,69 @@
+// Checked lists, grouped by what one launch can serve, and the launch itself. Plans keep groups;
+// one-shot calls make them, run them and drop them.
+#pragma once
+
+#include <optional>
+
+#include "checks.h"
+#include "cpu/launch.h"
+#include "tiles.h"
+
+namespace fused_ema {
+
+struct Operation {
+  enum class Kind { kUpdate, kSwap, kCopyToA, kCopyToB };
+  Kind kind;
+  Form form = Form::kLerp;
+  double momentum = 0.0;
+  // A 0-dim float64 tensor on the device: the kernel reads the momentum when it runs.
+  std::optional<at::Tensor> device_momentum = std::nullopt;
+};
+
+// All pairs of one device and one dtype pair: one launch.
+struct Group {
+  at::Device device = at::kCPU;
+  DtypePair pair = DtypePair::kFloat32Float32;
+  bool flipped = false;  // the lists' first side is the pair's side b
+  int64_t num_pairs = 0;  // with the empty ones, which have no span
+  cpu::SpanTable spans;
+  // CUDA plans only: the tile table in device memory, and the stream it was made on.
+  at::Tensor table;
+  int64_t num_block_tiles = 0;
+  int64_t num_warp_tiles = 0;
+  std::optional<c10::Stream> table_stream = std::nullopt;
+};
+
+struct Groups {
+  std::vector<Group> groups;
+  // Pairs without a kernel.
+  Tensors fallback_a;
+  Tensors fallback_b;
+  // One tensor per version counter: views of one base share theirs.
+  Tensors versions_a;
+  Tensors versions_b;
+};
+
+// Of lists that check_lists has passed.
+Groups make_groups(const Signature& signature, const Tensors& a, const Tensors& b);
+
+// Moves the tile tables of CUDA groups into device memory, in stream order.
+void upload_tables(Groups& groups);
+
+// Raises where the device momentum can't serve the lists; before anything is written.
+void check_device_momentum(const char* op, const Groups& groups, const Operation& operation);
+
+void run(const Groups& groups, const Operation& operation);
+
+// "cpu", "cuda" or "foreach", and for the last why.
+struct Service {
+  const char* backend;
+  const char* reason;
+};
+Service service_of(at::Device device);
+
+bool is_capturing(at::Device device);
+
+// Whether at::parallel_for uses threads here: without -fopenmp it is serial and says nothing.
+bool runs_parallel();
+
+}  // namespace fused_ema

@@ -1,0 +1,113 @@
+#include "plan.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace fused_ema {
+Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
+    : ema_(std::move(ema)), params_(std::move(params)), names_(std::move(names)) {
+  refresh();
+}
+
+void Plan::refresh() {
+  check_lists(kPlanSignature, ema_, params_, names_);
+  for (const Tensors* tensors : {&ema_, &params_}) {
+    for (const at::Tensor& tensor : *tensors) {
+      // An upload recorded in a graph would read this host memory again at every replay.
+      TORCH_CHECK(!tensor.is_cuda() || !is_capturing(tensor.device()),
+                  "fused_ema.Plan: a plan can't be made, or made anew for tensors that moved, "
+                  "while a CUDA graph is being captured; run it once before the capture");
+      if (tensor.is_cuda()) break;
+    }
+  }
+  Groups groups = make_groups(kPlanSignature, ema_, params_);
+  upload_tables(groups);
+  groups_ = std::move(groups);
+  seen_.clear();
+  geometry_.clear();
+  for (size_t i = 0; i < ema_.size(); ++i) {
+    // Pairs without plain memory are torch's to look after at each call.
+    if (!has_plain_memory(ema_[i], params_[i])) continue;
+    for (const at::Tensor* tensor : {&ema_[i], &params_[i]}) {
+      seen_.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(),
+                           tensor->numel(), tensor->scalar_type(),
+                           static_cast<uint32_t>(tensor->dim()), geometry_.size()});
+      geometry_.insert(geometry_.end(), tensor->sizes().begin(), tensor->sizes().end());
+      geometry_.insert(geometry_.end(), tensor->strides().begin(), tensor->strides().end());
+    }
+  }
+  ++num_refreshes_;
+}
+
+bool Plan::is_unchanged(const Seen& seen) const {
+  const c10::TensorImpl& tensor = *seen.tensor;
+  if (tensor.numel() != seen.numel || tensor.data() != seen.data) return false;
+  if (tensor.dtype() != c10::scalarTypeToTypeMeta(seen.dtype)) return false;
+  // The same memory under other strides, as p.data = p.data.t() makes it, pairs other elements.
+  const c10::IntArrayRef sizes = tensor.sizes();
+  const c10::IntArrayRef strides = tensor.strides();
+  const int64_t* saved = geometry_.data() + seen.geometry;
+  return sizes.size() == seen.num_dims && std::equal(sizes.begin(), sizes.end(), saved) &&
+         std::equal(strides.begin(), strides.end(), saved + seen.num_dims);
+}
+
+bool Plan::is_stale() const {
+  std::atomic<bool> stale{false};
+  // Each tensor is two or three cache misses on a cold host; threads share them from 2,048 on.
+  at::parallel_for(0, static_cast<int64_t>(seen_.size()), 2048, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!is_unchanged(seen_[i])) {
+        stale = true;
+        return;
+      }
+    }
+  });
+  return stale;
+}
+
+void Plan::run_checked(const Operation& operation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (is_stale()) refresh();
+  check_device_momentum("Plan.update", groups_, operation);
+  run(groups_, operation);
+}
+
+void Plan::update(const Operation& operation) { run_checked(operation); }
+void Plan::swap() { run_checked(Operation{Operation::Kind::kSwap}); }
+void Plan::copy_to_ema() { run_checked(Operation{Operation::Kind::kCopyToA}); }
+void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB}); }
+
+std::vector<Plan::GroupFacts> Plan::describe() const {
+  std::vector<GroupFacts> facts;
+  for (const Group& group : groups_.groups) {
+    GroupFacts fact{service_of(group.device).backend, group.device.str(),
+                    dtype_name(dtypes_of(group.pair).a), dtype_name(dtypes_of(group.pair).b),
+                    static_cast<int64_t>(group.num_pairs), 0};
+    for (const Span& span : group.spans.spans) fact.num_elements += span.n;
+    facts.push_back(std::move(fact));
+  }
+  // One entry per device and dtype pair of what torch serves, in order of first appearance.
+  const size_t first_fallback = facts.size();
+  for (size_t i = 0; i < groups_.fallback_a.size(); ++i) {
+    const at::Tensor& ema = groups_.fallback_a[i];
+    const at::Tensor& param = groups_.fallback_b[i];
+    const GroupFacts fact{"foreach", ema.device().str(), dtype_name(ema.scalar_type()),
+                          dtype_name(param.scalar_type()), 1, ema.numel()};
+    const auto same = std::find_if(
+        facts.begin() + first_fallback, facts.end(), [&](const GroupFacts& other) {
+          return other.device == fact.device && other.ema_dtype == fact.ema_dtype &&
+                 other.param_dtype == fact.param_dtype;
+        });
+    if (same == facts.end()) {
+      facts.push_back(fact);
+    } else {
+      ++same->num_tensors;
+      same->num_elements += fact.num_elements;
+    }
+  }
+  return facts;
+}
+
+}  // namespace fused_ema

@@ -1,0 +1,60 @@
+// What is worked out once for a pair of lists and run many times.
+#pragma once
+
+#include <mutex>
+
+#include "checks.h"
+#include "groups.h"
+
+namespace fused_ema {
+
+class Plan {
+ public:
+  // Keeps the tensors alive. Raises what check_lists raises.
+  Plan(Tensors ema, Tensors params, std::vector<std::string> names);
+
+  // Any of these first compares every tensor with what the plan was made for, and makes the plan
+  // anew where one has moved: never a write through an old pointer.
+  void update(const Operation& operation);
+  void swap();
+  void copy_to_ema();
+  void copy_to_params();
+
+  struct GroupFacts {
+    std::string backend;
+    std::string device;
+    std::string ema_dtype;
+    std::string param_dtype;
+    int64_t num_tensors;
+    int64_t num_elements;
+  };
+  std::vector<GroupFacts> describe() const;
+  int64_t num_refreshes() const { return num_refreshes_; }
+
+ private:
+  // What one tensor was when the plan was made.
+  struct Seen {
+    const c10::TensorImpl* tensor;
+    const void* data;
+    int64_t numel;
+    at::ScalarType dtype;
+    uint32_t num_dims;
+    size_t geometry;  // where its sizes and strides begin in geometry_
+  };
+
+  void refresh();
+  bool is_unchanged(const Seen& seen) const;
+  bool is_stale() const;
+  void run_checked(const Operation& operation);
+
+  Tensors ema_;
+  Tensors params_;
+  std::vector<std::string> names_;
+  Groups groups_;
+  std::vector<Seen> seen_;
+  std::vector<int64_t> geometry_;
+  int64_t num_refreshes_ = -1;  // the first making is none
+  std::mutex mutex_;            // two Python threads may run one plan
+};
+
+}  // namespace fused_ema

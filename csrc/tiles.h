@@ -1,0 +1,130 @@
+// From sizes and addresses to tiles: how a list of tensor pairs is cut into equal work.
+//
+// A block tile is work for one CUDA block, a warp tile for one warp, so that 10,000 tensors of 64
+// elements are 10,000 warps and not 10,000 blocks. A tensor pair is cut, in order of address, into
+//
+//   [head] one warp tile up to the first aligned element, where there is such a head
+//   [full block tiles] aligned and full: the kernel's fast path, no bounds checks
+//   [the rest] warp tiles
+//
+// A pair that fits one warp tile is one, head included. Pure C++: no torch, no CUDA.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "dtype_pairs.h"
+
+#if defined(__CUDACC__)
+#define FUSED_EMA_HOST_DEVICE __host__ __device__
+#else
+#define FUSED_EMA_HOST_DEVICE
+#endif
+
+namespace fused_ema {
+
+constexpr int kVectorBytes = 16;
+constexpr int kWarpSize = 32;
+constexpr int kWarpsPerBlock = 8;
+constexpr int kThreadsPerBlock = kWarpSize * kWarpsPerBlock;
+
+// One tensor pair: n elements at a and at b.
+struct Span {
+  void* a;
+  void* b;
+  int64_t n;
+};
+
+// Consecutive elements of one pair. 32 bits count a tile's elements; a tensor's need 64.
+struct Tile {
+  void* a;
+  void* b;
+  uint32_t n;
+  uint32_t pair;  // its index in the list of spans
+};
+
+// Elements a thread takes at once (vec: 16 bytes of the narrower type), how many such vectors a
+// thread loads before its first store (unroll), and the tiles that follow.
+struct TileShape {
+  int size_a, size_b;
+  int vec, unroll;
+  FUSED_EMA_HOST_DEVICE constexpr int warp_tile() const { return kWarpSize * vec * unroll; }
+  FUSED_EMA_HOST_DEVICE constexpr int block_tile() const { return kThreadsPerBlock * vec * unroll; }
+};
+
+// unroll is chosen for 96 to 128 bytes in flight a thread: with 3 resident blocks of 256 threads 72
+// to 96 KB an SM, well above the 48 KB that an H200 needs (CUB's min_bytes_in_flight).
+FUSED_EMA_HOST_DEVICE constexpr TileShape tile_shape(int size_a, int size_b) {
+  const int vec = kVectorBytes / (size_a < size_b ? size_a : size_b);
+  const int bytes = vec * (size_a + size_b);
+  return TileShape{size_a, size_b, vec, bytes > 32 ? 2 : 4};
+}
+constexpr TileShape tile_shape(DtypePair pair) {
+  return tile_shape(size_of(dtypes_of(pair).a), size_of(dtypes_of(pair).b));
+}
+
+// Elements before the first address where a, and where possible b too, is 16-byte aligned.
+FUSED_EMA_HOST_DEVICE constexpr int head_elements(const TileShape& shape, uintptr_t a,
+                                                  uintptr_t b) {
+  const int vec_a = kVectorBytes / shape.size_a;
+  const int vec_b = kVectorBytes / shape.size_b;
+  const int head_a = static_cast<int>(a / shape.size_a % vec_a);
+  const int head_b = static_cast<int>(b / shape.size_b % vec_b);
+  const int to_a = (vec_a - head_a) % vec_a;
+  const int to_b = (vec_b - head_b) % vec_b;
+  return to_b % vec_a == to_a ? to_b : to_a;
+}
+
+// How many tiles of which kind one pair gives.
+struct Split {
+  int head;  // 0 where the pair is one warp tile
+  int64_t num_block_tiles;
+  int64_t num_warp_tiles;
+};
+
+FUSED_EMA_HOST_DEVICE inline Split split(const TileShape& shape, const Span& span) {
+  const int64_t warp_tile = shape.warp_tile();
+  const int64_t block_tile = shape.block_tile();
+  if (span.n <= warp_tile) return Split{0, 0, span.n > 0 ? 1 : 0};
+  const int head = head_elements(shape, reinterpret_cast<uintptr_t>(span.a),
+                                 reinterpret_cast<uintptr_t>(span.b));
+  const int64_t body = span.n - head;
+  const int64_t rest = body % block_tile;
+  return Split{head, body / block_tile, (head > 0 ? 1 : 0) + (rest + warp_tile - 1) / warp_tile};
+}
+
+FUSED_EMA_HOST_DEVICE inline Tile tile_at(const TileShape& shape, const Span& span, int64_t begin,
+                                          int64_t n, uint32_t pair) {
+  return Tile{static_cast<char*>(span.a) + begin * shape.size_a,
+              static_cast<char*>(span.b) + begin * shape.size_b, static_cast<uint32_t>(n), pair};
+}
+
+FUSED_EMA_HOST_DEVICE inline Tile block_tile_of(const TileShape& shape, const Span& span,
+                                                const Split& split, int64_t index, uint32_t pair) {
+  const int64_t block_tile = shape.block_tile();
+  return tile_at(shape, span, split.head + index * block_tile, block_tile, pair);
+}
+
+FUSED_EMA_HOST_DEVICE inline Tile warp_tile_of(const TileShape& shape, const Span& span,
+                                               const Split& split, int64_t index, uint32_t pair) {
+  if (split.head > 0) {
+    if (index == 0) return tile_at(shape, span, 0, split.head, pair);
+    --index;
+  }
+  const int64_t warp_tile = shape.warp_tile();
+  const int64_t begin =
+      split.head + split.num_block_tiles * shape.block_tile() + index * warp_tile;
+  const int64_t left = span.n - begin;
+  return tile_at(shape, span, begin, left < warp_tile ? left : warp_tile, pair);
+}
+
+// All tiles of a list: block tiles first, then warp tiles.
+struct TileTable {
+  std::vector<Tile> tiles;
+  int64_t num_block_tiles = 0;
+  int64_t num_warp_tiles() const { return static_cast<int64_t>(tiles.size()) - num_block_tiles; }
+};
+
+TileTable make_tile_table(const TileShape& shape, const std::vector<Span>& spans);
+
+}  // namespace fused_ema

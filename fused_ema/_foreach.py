@@ -1,0 +1,298 @@
+"""The same operations with torch's own functions: any device, no compiler.
+
+Serves when the compiled part is missing. With it, devices and pairs without a kernel are served
+from C++ in the same way (csrc/fallback.cpp). The errors are those of csrc/checks.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+FORMS = ("lerp", "mul_add")
+
+_UPDATE_PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+)
+_EXCHANGE_PAIRS = _UPDATE_PAIRS + tuple((b, a) for a, b in _UPDATE_PAIRS if a != b)
+_PAIRS = {"update_": _UPDATE_PAIRS, "Plan": _UPDATE_PAIRS}
+_SIDES = {"swap_": ("a", "b"), "copy_": ("dst", "src")}
+
+
+def check_lists(
+    op: str,
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+) -> None:
+    """Raises the error of the first pair that ``op`` can't serve; writes nothing."""
+    sides = _SIDES.get(op, ("ema", "params"))
+    title = f"fused_ema.{op}"
+    for side, tensors in zip(sides, (first, second), strict=True):
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(
+                f"{title}: {side} is a {type(tensors).__name__}; pass a list or tuple of tensors"
+            )
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"{title}: {side}[{index}] is a {type(tensor).__name__}; pass tensors only"
+                )
+    if len(first) != len(second):
+        raise ValueError(
+            f"{title}: {sides[0]} holds {len(first)} tensors but {sides[1]} holds {len(second)}; "
+            "pass lists of the same length"
+        )
+    if names is not None and len(names) != len(first):
+        raise ValueError(
+            f"{title}: {len(names)} names for {len(first)} pairs; pass one name a pair, or none"
+        )
+    writes = {"swap_": (True, True), "Plan": (True, True)}.get(op, (True, False))
+    for index, pair in enumerate(zip(first, second, strict=True)):
+        named = f" ('{names[index]}')" if names is not None else ""
+        where = [f"{side}[{index}]{named}" for side in sides]
+        _check_pair(op, title, where, pair, writes)
+    _check_overlap(title, sides, (first, second), names, writes)
+
+
+def _check_pair(
+    op: str,
+    title: str,
+    where: Sequence[str],
+    pair: tuple[Tensor, Tensor],
+    writes: tuple[bool, bool],
+) -> None:
+    a, b = pair
+    for place, tensor in zip(where, pair, strict=True):
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"{title}: {place} has layout {tensor.layout}; only dense tensors can be averaged, "
+                "pass .to_dense() or leave it out"
+            )
+    pairs = _PAIRS.get(op, _EXCHANGE_PAIRS)
+    if (a.dtype, b.dtype) not in pairs:
+        listed = ", ".join(f"{_short(x)}/{_short(y)}" for x, y in pairs)
+        raise TypeError(
+            f"{title}: {where[0]} is {a.dtype} and {where[1]} is {b.dtype}; supported pairs: "
+            f"{listed}. Convert one of them, or leave the pair out"
+        )
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{title}: {where[0]} has shape {list(a.shape)} but {where[1]} has shape "
+            f"{list(b.shape)}; pass lists whose tensors match pairwise"
+        )
+    if a.device != b.device:
+        raise ValueError(
+            f"{title}: {where[0]} is on {a.device} but {where[1]} is on {b.device}; move one of "
+            "them to the other's device"
+        )
+    for place, tensor, written in zip(where, pair, writes, strict=True):
+        if not written:
+            continue
+        if any(s == 0 and n > 1 for n, s in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(
+                f"{title}: {place} is expanded: several of its elements share one place in memory; "
+                "pass a .contiguous() copy"
+            )
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                f"{title}: {place} is an inference tensor and can't be written outside "
+                "torch.inference_mode(); pass a .clone() made outside of it"
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_overlap(
+    title: str,
+    sides: tuple[str, str],
+    lists: tuple[Sequence[Tensor], Sequence[Tensor]],
+    names: Sequence[str] | None,
+    writes: tuple[bool, bool],
+) -> None:
+    ranges = []
+    for side, (tensors, written) in enumerate(zip(lists, writes, strict=True)):
+        for index, tensor in enumerate(tensors):
+            # Whether tensors with gaps overlap can't be told from their ranges (as in torch).
+            if tensor.numel() == 0 or tensor.device.type == "meta" or not _is_dense(tensor):
+                continue
+            start = tensor.data_ptr()
+            end = start + tensor.numel() * tensor.element_size()
+            ranges.append((str(tensor.device), start, end, not written, side, index))
+    ranges.sort()
+    last_read = last_write = None
+    for entry in ranges:
+        device, start, end, read_only, side, index = entry
+        # A read may repeat a read; anything else that starts before a written range ends is wrong.
+        for other in (last_write,) if read_only else (last_write, last_read):
+            if other is not None and other[0] == device and start < other[2]:
+                one, two = sorted((other[4:6], (side, index)))
+                where = [
+                    f"{sides[s]}[{i}]" + (f" ('{names[i]}')" if names is not None else "")
+                    for s, i in (one, two)
+                ]
+                raise ValueError(
+                    f"{title}: {where[0]} and {where[1]} share memory; pass each tensor once, or a "
+                    ".clone() of one of them"
+                )
+        previous = last_read if read_only else last_write
+        if previous is None or previous[0] != device or end > previous[2]:
+            if read_only:
+                last_read = entry
+            else:
+                last_write = entry
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
+
+
+def check_momentum(op: str, momentum: float | Tensor) -> float | Tensor:
+    """Returns a momentum in [0, 1] as a float, or the 0-dim float64 tensor that holds it."""
+    if isinstance(momentum, Tensor):
+        if momentum.dim() != 0 or momentum.dtype != torch.float64:
+            raise TypeError(
+                f"fused_ema.{op}: momentum is a {momentum.dtype} tensor of shape "
+                f"{list(momentum.shape)}; pass a float, or a 0-dim torch.float64 tensor"
+            )
+        if momentum.device.type != "cpu":
+            return momentum
+        momentum = momentum.item()
+    momentum = float(momentum)
+    if math.isnan(momentum) or not 0.0 <= momentum <= 1.0:
+        raise ValueError(
+            f"fused_ema.{op}: momentum is {momentum}; it is the weight of the new value and must "
+            "be in [0, 1]"
+        )
+    return momentum
+
+
+def check_form(op: str, form: str) -> None:
+    """Raises ValueError unless ``form`` is one of FORMS."""
+    if form not in FORMS:
+        raise ValueError(f"fused_ema.{op}: form is '{form}'; choose 'lerp' or 'mul_add'")
+
+
+@torch.no_grad()
+def update(
+    ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float | Tensor, form: str
+) -> None:
+    """``ema = (1 - m) * ema + m * param``, on checked lists."""
+    for emas, parts in _by_device_and_dtype(ema, params):
+        if isinstance(momentum, Tensor):
+            _update_by_tensor(emas, parts, momentum, form)
+        elif form == "mul_add":
+            decay: float | Tensor = 1.0 - momentum
+            if emas[0].device.type == "cpu":
+                # A Python float would be rounded to a bf16 or fp16 ema's dtype first, which the
+                # loop that this replaces doesn't do; a 0-dim float64 tensor isn't.
+                decay = torch.tensor(decay, dtype=torch.float64)
+            torch._foreach_mul_(emas, decay)
+            torch._foreach_add_(emas, parts, alpha=momentum)
+        elif emas[0].dtype == parts[0].dtype:
+            torch._foreach_lerp_(emas, parts, momentum)
+        else:
+            for e, p in zip(emas, parts, strict=True):
+                e.lerp_(p.to(e.dtype), momentum)
+
+
+def _update_by_tensor(
+    ema: Iterable[Tensor], params: Iterable[Tensor], momentum: Tensor, form: str
+) -> None:
+    # No foreach function takes a weight from device memory without a synchronisation.
+    for e, p in zip(ema, params, strict=True):
+        if form == "lerp":
+            e.lerp_(p.to(e.dtype), momentum.to(e.dtype))
+        else:
+            e.mul_(1.0 - momentum).add_(momentum * p)
+
+
+def _by_device_and_dtype(
+    ema: Sequence[Tensor], params: Sequence[Tensor]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    groups: dict[tuple[torch.device, torch.dtype, torch.dtype], tuple[list[Tensor], list[Tensor]]]
+    groups = {}
+    for e, p in zip(ema, params, strict=True):
+        emas, parts = groups.setdefault((e.device, e.dtype, p.dtype), ([], []))
+        emas.append(e)
+        parts.append(p)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def swap(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Exchanges each pair; one tensor's worth of temporary memory at a time."""
+    for x, y in zip(a, b, strict=True):
+        kept = x.clone()
+        x.copy_(y)
+        y.copy_(kept)
+
+
+@torch.no_grad()
+def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
+    """Copies each ``src`` into its ``dst``, converting the dtype."""
+    if len(dst) > 0:
+        torch._foreach_copy_(list(dst), list(src))
+
+
+class Plan:
+    """The surface of the compiled Plan (csrc/plan.h), on torch's functions."""
+
+    def __init__(
+        self, ema: Sequence[Tensor], params: Sequence[Tensor], names: Sequence[str] | None
+    ):
+        check_lists("Plan", ema, params, names)
+        self._ema, self._params, self._names = list(ema), list(params), names
+        self._seen = self._geometry()
+
+    def _geometry(self) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
+        return [(t.shape, t.dtype, t.device) for t in (*self._ema, *self._params)]
+
+    def _check(self) -> None:
+        # Torch follows moved memory by itself, but it would broadcast a changed shape in silence.
+        geometry = self._geometry()
+        if geometry != self._seen:
+            check_lists("Plan", self._ema, self._params, self._names)
+            self._seen = geometry
+
+    def update(self, momentum: float | Tensor, form: str) -> None:
+        momentum = check_momentum("Plan.update", momentum)
+        check_form("Plan.update", form)
+        self._check()
+        update(self._ema, self._params, momentum, form)
+
+    def swap(self) -> None:
+        self._check()
+        swap(self._ema, self._params)
+
+    def copy_to_ema(self) -> None:
+        self._check()
+        copy(self._ema, self._params)
+
+    def copy_to_params(self) -> None:
+        self._check()
+        copy(self._params, self._ema)
+
+    def describe(self) -> list[dict[str, object]]:
+        """One entry a (device, dtype pair), as the compiled Plan gives it."""
+        return [
+            {
+                "backend": "foreach",
+                "device": str(emas[0].device),
+                "ema_dtype": _short(emas[0].dtype),
+                "param_dtype": _short(parts[0].dtype),
+                "num_tensors": len(emas),
+                "num_elements": sum(e.numel() for e in emas),
+            }
+            for emas, parts in _by_device_and_dtype(self._ema, self._params)
+        ]

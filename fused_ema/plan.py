@@ -1,0 +1,105 @@
+"""A pair of lists worked out once and run many times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fused_ema import _foreach, _native
+from fused_ema.ops import Form
+
+
+class Plan:
+    """What can be worked out once for a list of emas and their params.
+
+    A plan checks its lists when it is made, and keeps a table of addresses that every later call
+    runs from: one launch per device and dtype pair, however many tensors, and no host
+    synchronisation. Before each launch it compares the tensors with the table; where one has moved
+    (``p.data = ...``, ``module.to(...)``, a re-shard) it checks and makes the table anew, so
+    nothing is ever written through an old address. Replacing a ``Parameter`` object in a module is
+    beyond its sight: it keeps the tensors it was given.
+
+    Making a plan, or making it anew, is not possible while a CUDA graph is being captured; running
+    it is.
+
+    Args:
+        ema: The averages. A list or tuple of tensors; any dense layout. A pair whose strides differ
+            or which has gaps is served by torch's own functions, for that pair alone.
+        params: The tensors they follow: same length, pair by pair the same shape and device, and a
+            dtype pair of :func:`fused_ema.update_`.
+        names: A name for each pair, for error messages.
+
+    Raises:
+        TypeError: As :func:`fused_ema.update_`.
+        ValueError: As :func:`fused_ema.update_`; no two tensors of both lists may share memory.
+        RuntimeError: As :func:`fused_ema.update_`, or while a CUDA graph is being captured.
+
+    Example:
+        >>> params = list(model.parameters())
+        >>> plan = fused_ema.Plan([p.detach().clone() for p in params], params)
+        >>> plan.update(momentum=0.001)  # after each optimizer.step()
+    """
+
+    def __init__(
+        self,
+        ema: Sequence[Tensor],
+        params: Sequence[Tensor],
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self._plan: Any
+        if _native.C is not None:
+            self._plan = _native.C.Plan(ema, params, [] if names is None else list(names))
+        else:
+            self._plan = _foreach.Plan(ema, params, names)
+        self._num_tensors = len(ema)
+
+    def update(self, momentum: float | Tensor, form: Form = "lerp") -> None:
+        """Moves every ema towards its param, as :func:`fused_ema.update_` does.
+
+        Args:
+            momentum: The weight of the new value, in [0, 1]; or a 0-dim float64 tensor on the
+                lists' device, which is read when the kernel runs.
+            form: ``"lerp"`` or ``"mul_add"``.
+
+        Raises:
+            TypeError: The momentum is neither a number nor such a tensor.
+            ValueError: A momentum outside of [0, 1], an unknown form, or what making the plan
+                raises where a tensor has moved.
+        """
+        self._plan.update(momentum, form)
+
+    def swap(self) -> None:
+        """Exchanges every ema with its param, as :func:`fused_ema.swap_` does."""
+        self._plan.swap()
+
+    def copy_to_ema(self) -> None:
+        """Copies every param into its ema."""
+        self._plan.copy_to_ema()
+
+    def copy_to_params(self) -> None:
+        """Copies every ema into its param."""
+        self._plan.copy_to_params()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Who serves what: one entry per device and dtype pair.
+
+        Returns:
+            Dictionaries with ``backend`` (``"cuda"``, ``"cpu"`` or ``"foreach"``), ``device``,
+            ``ema_dtype``, ``param_dtype``, ``num_tensors`` and ``num_elements``.
+        """
+        entries: list[dict[str, Any]] = self._plan.describe()
+        return entries
+
+    def __len__(self) -> int:
+        """The number of tensor pairs."""
+        return self._num_tensors
+
+    def __repr__(self) -> str:
+        parts = [
+            f"{e['num_tensors']} x {e['ema_dtype']}/{e['param_dtype']} on {e['device']} "
+            f"({e['backend']})"
+            for e in self.describe()
+        ]
+        return f"fused_ema.Plan({', '.join(parts)})"
