@@ -142,7 +142,7 @@ template <typename C>
 struct Coefficients {
   C momentum;        // mul_add: alpha
   C decay;           // mul_add: 1 - m, formed in double
-  C weight;          // lerp: m, or m - 1 where the formula starts from the param
+  C weight;          // lerp: m, or -(1 - m) where the formula starts from the param
   bool from_param;   // lerp: m >= 0.5
 };
 
@@ -159,7 +159,7 @@ FUSED_EMA_INLINE Coefficients<Compute<EmaT>> coefficients(double momentum, Alpha
   c.decay = static_cast<C>(1.0 - momentum);
   // torch.lerp tests and subtracts in the compute dtype, not in double (ATen/native/Lerp.h).
   c.from_param = !(m < static_cast<C>(0.5));
-  c.weight = c.from_param ? m - static_cast<C>(1) : m;
+  c.weight = c.from_param ? -(static_cast<C>(1) - m) : m;
   return c;
 }
 
@@ -184,6 +184,15 @@ FUSED_EMA_INLINE V lerp(V ema, V param, const Coefficients<C>& c) {
 template <typename V, typename C, typename RoundToEma>
 FUSED_EMA_INLINE V mul_add(V ema, V param, const Coefficients<C>& c, RoundToEma round_to_ema) {
   return fma(V(c.momentum), param, round_to_ema(ema * V(c.decay)));
+}
+
+// What torch's CPU loop does instead for a bf16 or fp16 ema, in the elements that it takes one at a
+// time: m * p is rounded to the dtype as well, and there is no FMA (measured, torch 2.13).
+template <typename EmaT>
+FUSED_EMA_INLINE EmaT mul_add_one_at_a_time(EmaT ema, EmaT param, const Coefficients<float>& c) {
+  const float decayed = load(Stored<EmaT>::from(load(ema) * c.decay));
+  const float added = load(Stored<EmaT>::from(load(param) * c.momentum));
+  return Stored<EmaT>::from(decayed + added);
 }
 
 }  // namespace fused_ema

@@ -5,6 +5,7 @@
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_lerp.h>
 #include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/TensorOperators.h>
 
 namespace fused_ema::fallback {
@@ -35,8 +36,9 @@ void update(const Tensors& ema, const Tensors& params, double momentum,
     } else if (form == Form::kLerp && e.scalar_type() != p.scalar_type()) {
       e.lerp_(p.to(e.scalar_type()), momentum);
     } else if (form == Form::kMulAdd && e.is_cpu()) {
-      // On the CPU foreach rounds 1 - m to a bf16 or fp16 ema's dtype; the loop doesn't.
-      e.mul_(1.0 - momentum).add_(p, momentum);
+      // On the CPU a C++ or foreach scalar is rounded to a bf16 or fp16 ema's dtype; the number
+      // that Python's mul_ takes is a 0-dim double, and isn't.
+      e.mul_(at::scalar_tensor(1.0 - momentum, at::kDouble)).add_(p, momentum);
     } else {
       foreach_ema.push_back(e);
       foreach_params.push_back(p);

@@ -11,6 +11,7 @@ struct InstructionSet {
   const char* name;
   bool (*runs_here)();
   SpanKernel (*update)(DtypePair, Form);
+  SpanKernel (*one_at_a_time)(DtypePair);
   SpanKernel (*swap)(DtypePair);
   SpanKernel (*copy)(DtypePair, bool);
 };
@@ -22,16 +23,18 @@ constexpr InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     avx512::update_kernel, avx512::swap_kernel, avx512::copy_kernel},
+     avx512::update_kernel, avx512::one_at_a_time_kernel, avx512::swap_kernel,
+     avx512::copy_kernel},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      },
-     avx2::update_kernel, avx2::swap_kernel, avx2::copy_kernel},
+     avx2::update_kernel, avx2::one_at_a_time_kernel, avx2::swap_kernel,
+     avx2::copy_kernel},
 #endif
-    {"generic", [] { return true; }, generic::update_kernel, generic::swap_kernel,
-     generic::copy_kernel},
+    {"generic", [] { return true; }, generic::update_kernel,
+     generic::one_at_a_time_kernel, generic::swap_kernel, generic::copy_kernel},
 };
 
 const InstructionSet* best() {
@@ -57,6 +60,32 @@ void prefetch(const Span& span, const TileShape& shape) {
   const int64_t b_bytes = std::min(span.n * shape.size_b, kPrefetchBytes);
   for (int64_t i = 0; i < a_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.a) + i, 1);
   for (int64_t i = 0; i < b_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.b) + i, 0);
+}
+
+// Elements [first, last) of a span, each with the arithmetic that torch's loop would give it.
+void run_as_torch(const Work& work, const Span& span, const TileShape& shape, int64_t first,
+                  int64_t last) {
+  constexpr int64_t kTorchGrain = 32768;
+  const TorchLoop& loop = work.torch_loop;
+  int64_t part = span.n;
+  if (span.n > kTorchGrain && loop.num_threads > 1) {
+    const int64_t grains = (span.n + kTorchGrain - 1) / kTorchGrain;
+    const int64_t num_parts = std::min(loop.num_threads, grains);
+    part = (span.n + num_parts - 1) / num_parts;
+  }
+  const auto run = [&](SpanKernel kernel, int64_t begin, int64_t end) {
+    begin = std::max(begin, first);
+    end = std::min(end, last);
+    if (begin >= end) return;
+    kernel(work.momentum, static_cast<char*>(span.a) + begin * shape.size_a,
+           static_cast<char*>(span.b) + begin * shape.size_b, end - begin);
+  };
+  for (int64_t begin = first / part * part; begin < last; begin += part) {
+    const int64_t end = std::min(begin + part, span.n);
+    const int64_t in_vectors = begin + (end - begin) / loop.step * loop.step;
+    run(work.kernel, begin, in_vectors);
+    run(work.one_at_a_time, in_vectors, end);
+  }
 }
 
 }  // namespace
@@ -86,11 +115,12 @@ bool set_instruction_set(const char* name) {
 }
 
 SpanKernel update_kernel(DtypePair pair, Form form) { return chosen().load()->update(pair, form); }
+SpanKernel one_at_a_time_kernel(DtypePair pair) { return chosen().load()->one_at_a_time(pair); }
 SpanKernel swap_kernel(DtypePair pair) { return chosen().load()->swap(pair); }
 SpanKernel copy_kernel(DtypePair pair, bool to_a) { return chosen().load()->copy(pair, to_a); }
 
-void run_range(const SpanTable& table, const TileShape& shape, SpanKernel kernel, double momentum,
-               int64_t begin, int64_t end) {
+void run_range(const SpanTable& table, const TileShape& shape, const Work& work, int64_t begin,
+               int64_t end) {
   const auto& before = table.cost_before;
   size_t i = std::upper_bound(before.begin(), before.end(), begin) - before.begin() - 1;
   for (; i < table.spans.size() && before[i] < end; ++i) {
@@ -104,9 +134,12 @@ void run_range(const SpanTable& table, const TileShape& shape, SpanKernel kernel
     };
     const int64_t first = cut(begin);
     const int64_t last = cut(end);
-    if (first < last) {
-      kernel(momentum, static_cast<char*>(span.a) + first * shape.size_a,
-             static_cast<char*>(span.b) + first * shape.size_b, last - first);
+    if (first >= last) continue;
+    if (work.one_at_a_time != nullptr) {
+      run_as_torch(work, span, shape, first, last);
+    } else {
+      work.kernel(work.momentum, static_cast<char*>(span.a) + first * shape.size_a,
+                  static_cast<char*>(span.b) + first * shape.size_b, last - first);
     }
   }
 }

@@ -23,14 +23,31 @@ const char* instruction_set();
 bool set_instruction_set(const char* name);
 
 SpanKernel update_kernel(DtypePair pair, Form form);
+SpanKernel one_at_a_time_kernel(DtypePair pair);
 SpanKernel swap_kernel(DtypePair pair);
 SpanKernel copy_kernel(DtypePair pair, bool to_a);
+
+// How torch's own loop over one tensor is cut: between threads from more than 32,768 elements on
+// (at::internal::GRAIN_SIZE), and each thread's part into steps of two vectors. What is left of a
+// part is computed one element at a time, which in bf16 and fp16 gives other bits.
+struct TorchLoop {
+  int64_t num_threads;
+  int64_t step;
+};
+
+// One operation on a list.
+struct Work {
+  SpanKernel kernel;
+  double momentum = 0.0;
+  SpanKernel one_at_a_time = nullptr;  // where set, for the elements that torch_loop leaves over
+  TorchLoop torch_loop = {1, 1};
+};
 
 // Below this cost a second thread takes longer to start than the work (about 5 us).
 constexpr int64_t kGrainCost = 16384;
 
 // Costs [begin, end) of the table, on this thread.
-void run_range(const SpanTable& table, const TileShape& shape, SpanKernel kernel, double momentum,
-               int64_t begin, int64_t end);
+void run_range(const SpanTable& table, const TileShape& shape, const Work& work, int64_t begin,
+               int64_t end);
 
 }  // namespace fused_ema::cpu

@@ -36,7 +36,21 @@ void run(double momentum, void* a, void* b, int64_t n) {
   run_span(op, static_cast<A*>(a), static_cast<B*>(b), n);
 }
 
+template <typename T>
+void run_one_at_a_time(double momentum, void* a, void* b, int64_t n) {
+  const Coefficients<float> c = coefficients<T, T>(momentum, AlphaRounding::kToEmaDtype);
+  T* ema = static_cast<T*>(a);
+  const T* param = static_cast<const T*>(b);
+  for (int64_t i = 0; i < n; ++i) ema[i] = mul_add_one_at_a_time(ema[i], param[i], c);
+}
+
 }  // namespace
+
+SpanKernel one_at_a_time_kernel(DtypePair pair) {
+  if (pair == DtypePair::kBFloat16BFloat16) return run_one_at_a_time<BFloat16>;
+  if (pair == DtypePair::kFloat16Float16) return run_one_at_a_time<Half>;
+  return nullptr;
+}
 
 SpanKernel update_kernel(DtypePair pair, Form form) {
   switch (pair) {

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused_ema
+from fused_ema import _native
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-cuda",
+        action="store_true",
+        help="fail, instead of skipping, every test that finds no CUDA device or kernels for it",
+    )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda") is None:
+        return
+    missing = (
+        "no CUDA device"
+        if not torch.cuda.is_available()
+        else fused_ema.info().reasons.get("cuda:0", "")
+    )
+    if missing:
+        if item.config.getoption("--require-cuda"):
+            pytest.fail(f"--require-cuda: {missing}")
+        pytest.skip(missing)
+
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["native", "foreach"])
+def backend(request, monkeypatch) -> str:
+    """Runs a test with the kernels and again as an install without them would run it."""
+    if request.param == "foreach":
+        monkeypatch.setattr(_native, "C", None)
+        monkeypatch.setattr(_native, "why_not", "switched off by a test")
+    else:
+        assert _native.C is not None, f"the compiled part is missing: {_native.why_not}"
+    return request.param
