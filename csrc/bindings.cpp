@@ -118,8 +118,22 @@ std::string cuda_architectures() {
 
 }  // namespace
 
+// Torch's errors as the Python errors that they stand for, without the C++ backtrace.
+void translate_error(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const c10::TypeError& error) {
+    PyErr_SetString(PyExc_TypeError, error.what_without_backtrace());
+  } catch (const c10::ValueError& error) {
+    PyErr_SetString(PyExc_ValueError, error.what_without_backtrace());
+  } catch (const c10::Error& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+  }
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of fused_ema; fused_ema/ops.py and plan.py are its surface.";
+  py::register_local_exception_translator(&translate_error);
   m.def("update_", &py_update);
   m.def("swap_", &py_swap);
   m.def("copy_", &py_copy);

@@ -3,6 +3,7 @@
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
+#include <charconv>
 
 namespace fused_ema {
 namespace {
@@ -54,6 +55,12 @@ std::string supported_pairs(bool either_order) {
     }
   }
   return text;
+}
+
+// All digits that tell it from its neighbours: 1.0000001 is not "1".
+std::string shortest(double value) {
+  char text[32];
+  return std::string(text, std::to_chars(text, text + sizeof(text), value).ptr);
 }
 
 bool is_expanded(const at::Tensor& tensor) {
@@ -253,7 +260,7 @@ void check_lists(const Signature& s, const Tensors& a, const Tensors& b,
 void check_momentum(const char* op, double momentum) {
   // NaN fails both comparisons.
   TORCH_CHECK_VALUE(momentum >= 0.0 && momentum <= 1.0, "fused_ema.", op, ": momentum is ",
-                    momentum,
+                    shortest(momentum),
                     "; it is the weight of the new value and must be in [0, 1]");
 }
 

@@ -6,7 +6,7 @@ from C++ in the same way (csrc/fallback.cpp). The errors are those of csrc/check
 
 from __future__ import annotations
 
-import math
+import numbers
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -168,8 +168,13 @@ def check_momentum(op: str, momentum: float | Tensor) -> float | Tensor:
         if momentum.device.type != "cpu":
             return momentum
         momentum = momentum.item()
+    if not isinstance(momentum, numbers.Real):
+        raise TypeError(
+            f"fused_ema.{op}: momentum is a {type(momentum).__name__}; pass a float, or a 0-dim "
+            "torch.float64 tensor"
+        )
     momentum = float(momentum)
-    if math.isnan(momentum) or not 0.0 <= momentum <= 1.0:
+    if not 0.0 <= momentum <= 1.0:  # false for NaN too
         raise ValueError(
             f"fused_ema.{op}: momentum is {momentum}; it is the weight of the new value and must "
             "be in [0, 1]"

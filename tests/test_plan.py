@@ -1,0 +1,302 @@
+"""Plans: made once, run often, never through an old address."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+import fused_ema
+from fused_ema.testing import assert_bits_equal, make_lists
+
+F32 = (torch.float32, torch.float32)
+
+
+def test_describe_says_who_serves_what():
+    ema, params = make_lists((5, 7), F32)
+    more = make_lists((9,), (torch.float32, torch.bfloat16))
+    odd = make_lists((11,), F32, "with gaps")
+    plan = fused_ema.Plan(ema + more[0] + odd[0], params + more[1] + odd[1])
+    facts = {(d["backend"], d["ema_dtype"], d["param_dtype"]): d for d in plan.describe()}
+    assert {k: (d["num_tensors"], d["num_elements"], d["device"]) for k, d in facts.items()} == {
+        ("cpu", "float32", "float32"): (2, 12, "cpu"),
+        ("cpu", "float32", "bfloat16"): (1, 9, "cpu"),
+        ("foreach", "float32", "float32"): (1, 11, "cpu"),
+    }
+    assert len(plan) == 4
+    assert "2 x float32/float32 on cpu (cpu)" in repr(plan)
+
+
+@pytest.mark.parametrize("layout", ["with gaps", "strides differ", "param with gaps"])
+def test_only_the_odd_pair_takes_the_torch_path(layout):
+    ema, params = make_lists((64,) * 9, F32)
+    odd = make_lists((64,), F32, layout)
+    plan = fused_ema.Plan(ema + odd[0], params + odd[1])
+    assert {d["backend"]: d["num_tensors"] for d in plan.describe()} == {"cpu": 9, "foreach": 1}
+
+
+def test_strides_of_dimensions_of_size_one_do_not_matter():
+    ema = torch.zeros(4, 1, 3)
+    param = torch.ones(4, 3).as_strided((4, 1, 3), (3, 77, 1))
+    assert fused_ema.Plan([ema], [param]).describe()[0]["backend"] == "cpu"
+
+
+def moved(param):
+    param.data = param.data * 2 + 1
+
+
+def resized_storage(param):
+    values = param.detach().clone()
+    param.untyped_storage().resize_(0)
+    param.untyped_storage().resize_(values.numel() * values.element_size())
+    param.data.copy_(values + 1)
+
+
+def converted(param):
+    param.data = param.data.bfloat16()
+
+
+def transposed_in_place(param):
+    param.data = param.data.t().contiguous().t()
+
+
+MOVES = {
+    "p.data = other": moved,
+    "storage freed and allocated again": resized_storage,
+    "p.data = other dtype": converted,
+    "p.data = other strides": transposed_in_place,
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_param_that_moved_is_noticed(backend, device, move):
+    params = [torch.nn.Parameter(torch.randn(6, 6, device=device)) for _ in range(3)]
+    ema = [torch.zeros(6, 6, device=device) for _ in params]
+    plan = fused_ema.Plan(ema, params)
+    plan.update(0.5)
+    old = params[1].data
+    kept = old.clone() if old.untyped_storage().nbytes() else None
+    before = [e.clone() for e in ema]
+    MOVES[move](params[1])
+    plan.update(0.5)
+    for e, was, p in zip(ema, before, params, strict=True):
+        assert_bits_equal(e, was.lerp(p.detach().to(e.dtype), 0.5))
+    if move != "storage freed and allocated again":
+        assert_bits_equal(old, kept, "the memory that the param left")
+
+
+def test_the_same_memory_transposed_is_noticed(backend):
+    param = torch.nn.Parameter(torch.arange(36.0).view(6, 6))
+    ema = torch.zeros(6, 6)
+    plan = fused_ema.Plan([ema], [param])
+    plan.update(1.0)
+    assert torch.equal(ema, param)
+    param.data = param.data.t()
+    plan.update(1.0)
+    assert torch.equal(ema, torch.arange(36.0).view(6, 6).t())
+
+
+def test_a_swap_after_a_move_writes_the_new_memory_only(backend):
+    param = torch.nn.Parameter(torch.ones(100))
+    ema = torch.zeros(100)
+    plan = fused_ema.Plan([ema], [param])
+    old = param.data
+    param.data = torch.full((100,), 2.0)
+    plan.swap()
+    assert torch.equal(old, torch.ones(100))
+    assert torch.equal(param, torch.zeros(100))
+    assert torch.equal(ema, torch.full((100,), 2.0))
+
+
+def test_module_to_is_followed(backend):
+    model = torch.nn.Linear(8, 4)
+    params = list(model.parameters())
+    ema = [torch.zeros_like(p, dtype=torch.float32) for p in params]
+    plan = fused_ema.Plan(ema, params)
+    model.to(torch.bfloat16)
+    plan.update(0.25)
+    for e, p in zip(ema, model.parameters(), strict=True):
+        assert_bits_equal(e, torch.zeros_like(e).lerp_(p.detach().float(), 0.25))
+
+
+def test_a_move_that_cannot_be_served_changes_nothing(backend):
+    params = [torch.nn.Parameter(torch.ones(6)) for _ in range(3)]
+    ema = [torch.zeros(6) for _ in params]
+    plan = fused_ema.Plan(ema, params, ["a", "b", "c"])
+    params[2].data = torch.ones(7)
+    for call in (lambda: plan.update(0.5), plan.swap, plan.copy_to_ema, plan.copy_to_params):
+        with pytest.raises(ValueError, match=r"ema\[2\] \('c'\) has shape \[6\] but params\[2\]"):
+            call()
+    assert not any(e.any() for e in ema)
+    params[2].data = torch.ones(6)
+    plan.update(0.5)
+    assert all(e.eq(0.5).all() for e in ema)
+
+
+def test_a_plan_is_made_anew_only_when_something_moved():
+    ema, params = make_lists((5, 7), F32)
+    plan = fused_ema.Plan(ema, params)
+    for _ in range(3):
+        plan.update(0.5)
+        plan.swap()
+    assert plan._plan.num_refreshes == 0
+    params[0].data = params[0].data.clone()
+    plan.update(0.5)
+    plan.update(0.5)
+    assert plan._plan.num_refreshes == 1
+
+
+def test_a_plan_keeps_its_tensors_alive(backend):
+    ema, params = make_lists((1000,), F32)
+    expected = ema[0].lerp(params[0], 0.5)
+    plan = fused_ema.Plan(ema, params)
+    result = weakref.ref(ema[0])
+    del params
+    gc.collect()
+    torch.empty(1000).fill_(7)
+    plan.update(0.5)
+    assert_bits_equal(result(), expected)
+    del plan, ema
+    gc.collect()
+    assert result() is None
+
+
+def test_threads_may_run_one_plan(backend):
+    # Updates by two threads at once race on the values, as torch's own do. With every ema equal to
+    # its param they change nothing, so any trace is the plan's fault.
+    params = [torch.nn.Parameter(torch.randn(100)) for _ in range(200)]
+    ema = [p.detach().clone() for p in params]
+    plan = fused_ema.Plan(ema, params)
+    errors = []
+
+    def work():
+        try:
+            for _ in range(20):
+                plan.update(0.5)
+        except Exception as error:
+            errors.append(error)
+
+    for round_ in range(5):
+        for p in params[round_::7]:
+            p.data = p.data.clone()  # the first thread to come makes the plan anew
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+    for e, p in zip(ema, params, strict=True):
+        assert_bits_equal(e, p.detach())
+
+
+def test_zero_size_tensors(backend, device):
+    ema, params = make_lists((0, 3, 0), F32, device=device)
+    plan = fused_ema.Plan(ema, params)
+    expected = ema[1].lerp(params[1], 0.5)
+    plan.update(0.5)
+    plan.swap()
+    assert_bits_equal(params[1], expected)
+
+
+def test_meta_tensors_are_left_to_torch(backend):
+    ema, params = make_lists((5,), F32, device="meta")
+    plan = fused_ema.Plan(ema, params)
+    plan.update(0.5)
+    plan.swap()
+    assert plan.describe()[0]["backend"] == "foreach"
+
+
+@pytest.mark.cuda
+class TestCuda:
+    def lists(self, sizes=(5, 5000, 100_003)):
+        return make_lists(sizes, F32, device="cuda")
+
+    def kernels_of(self, run):
+        from torch.profiler import ProfilerActivity, profile
+
+        run()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+            run()
+            torch.cuda.synchronize()
+        return [e.name for e in prof.events() if "tile_loop_kernel" in e.name]
+
+    @pytest.mark.parametrize("num_tensors", [1, 500, 10_000])
+    def test_one_launch(self, num_tensors):
+        ema, params = self.lists((64,) * num_tensors)
+        plan = fused_ema.Plan(ema, params)
+        for run in (lambda: plan.update(0.1), plan.swap, plan.copy_to_ema, plan.copy_to_params):
+            assert len(self.kernels_of(run)) == 1
+        assert len(self.kernels_of(lambda: fused_ema.update_(ema, params, 0.1))) == -(
+            -num_tensors // 1019
+        )
+
+    def test_no_host_synchronisation(self):
+        ema, params = self.lists()
+        plan = fused_ema.Plan(ema, params)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            plan.update(0.1)
+            plan.swap()
+            plan.copy_to_ema()
+            fused_ema.update_(ema, params, 0.1)
+            params[1].data = params[1].data.clone()
+            plan.update(0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_side_streams(self):
+        ema, params = self.lists((1 << 22,))
+        plan = fused_ema.Plan(ema, params)
+        expected = ema[0].clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(20):
+                plan.update(0.25)
+        torch.cuda.current_stream().wait_stream(stream)
+        for _ in range(20):
+            expected.lerp_(params[0], 0.25)
+        assert_bits_equal(ema[0], expected)
+
+    def test_a_captured_graph_replays_with_a_changing_momentum(self):
+        ema, params = self.lists()
+        plan = fused_ema.Plan(ema, params)
+        expected = [e.clone() for e in ema]
+        momentum = torch.zeros((), dtype=torch.float64, device="cuda")
+        plan.update(momentum)
+        for e, was in zip(ema, expected, strict=True):
+            e.copy_(was)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            plan.update(momentum)
+            fused_ema.update_(ema, params, momentum, "mul_add")
+        for e, was in zip(ema, expected, strict=True):
+            e.copy_(was)
+        for m in (0.1, 0.7, 0.001):
+            momentum.fill_(m)
+            graph.replay()
+            for e, p in zip(expected, params, strict=True):
+                e.lerp_(p, m)
+                e.mul_(1 - m).add_(p, alpha=m)
+        for e, want in zip(ema, expected, strict=True):
+            assert_bits_equal(e, want)
+
+    def test_a_plan_is_not_made_during_capture(self):
+        ema, params = self.lists((100,))
+        graph = torch.cuda.CUDAGraph()
+        with (
+            pytest.raises(RuntimeError, match="while a CUDA graph is being captured"),
+            torch.cuda.graph(graph),
+        ):
+            fused_ema.Plan(ema, params)
+
+    def test_more_than_2_31_elements(self):
+        n = 2**31 + 17
+        ema = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+        param = torch.ones(n, dtype=torch.bfloat16, device="cuda")
+        fused_ema.Plan([ema], [param]).update(0.5)
+        fused_ema.update_([ema], [param], 0.5)
+        assert ema.eq(0.75).all()
