@@ -4,31 +4,25 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+OUT ?= bench/out
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
   PY := $(PYTHON)
-  READY :=
+  TOOLS :=
 else
   PY := $(VENV)/bin/python
+  TOOLS := $(VENV)/bin/
   READY := $(VENV)/.ready
+  LINT_READY := $(VENV)/.lint-ready
 endif
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# What pyproject.toml lists as an extra, so that each version stands there alone.
+EXTRA = $(PY) -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(name for extra in sys.argv[1:] for name in extras[extra]), sep="\n")'
+CXX_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-OUT ?= bench/out
-PYTEST_ARGS ?=
-BENCH_ARGS ?=
-
-.PHONY: build bench test lint format clean
-
-# torch first and pinned, so that no later requirement picks another build of it.
-$(VENV)/.ready: pyproject.toml
-	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check $(TORCH) "setuptools>=77" wheel
-	$(PY) -m pip install --quiet --disable-pip-version-check ninja "pybind11>=2.13" numpy pytest matplotlib rich
-	touch $@
-
-# Building is required here: a broken compiler must not turn into a green run on the fallback.
-build: $(READY)
-	FUSED_EMA_BUILD=require $(PY) setup.py --quiet build_ext --inplace
+.PHONY: bench test build lint format clean
 
 bench: build
 	mkdir -p $(OUT)
@@ -37,20 +31,31 @@ bench: build
 test: build
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-$(VENV)/.lint: $(READY)
-	$(PY) -m pip install --quiet --disable-pip-version-check ".[lint]" --no-deps --dry-run >/dev/null
-	touch $@
+# Building is required here: a broken compiler must not turn into a green run of the fallback.
+build: $(READY)
+	FUSED_EMA_BUILD=require $(PY) setup.py --quiet build_ext --inplace
 
-lint: lint-tools
-	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format --dry-run --Werror
+lint: $(READY) $(LINT_READY)
+	$(TOOLS)ruff check .
+	$(TOOLS)ruff format --check .
+	$(CXX_FILES) | xargs $(TOOLS)clang-format --dry-run --Werror
 	$(PY) -m mypy
 
-format: lint-tools
-	$(PY) -m ruff check --fix-only .
-	$(PY) -m ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(dir $(PY))clang-format -i
+format: $(READY) $(LINT_READY)
+	$(TOOLS)ruff check --fix-only .
+	$(TOOLS)ruff format .
+	$(CXX_FILES) | xargs $(TOOLS)clang-format -i
 
 clean:
-	rm -rf build fused_ema/*.so fused_ema/_build_info.json bench/out
+	rm -rf build bench/out fused_ema/*.so fused_ema/_build_info.json
+
+# torch first and pinned, so that no other requirement picks another build of it.
+$(VENV)/.ready: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) "setuptools>=77"
+	$(EXTRA) build test bench | xargs -d '\n' $(PIP)
+	touch $@
+
+$(VENV)/.lint-ready: $(VENV)/.ready
+	$(EXTRA) lint | xargs -d '\n' $(PIP)
+	touch $@

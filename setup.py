@@ -78,15 +78,19 @@ def find_cuda() -> Path | None:
 
 
 def cuda_version(cuda: Path) -> str:
+    """As nvcc tells it: "13.0"."""
     text = subprocess.run([cuda / "bin" / "nvcc", "--version"], capture_output=True, text=True)
     return text.stdout.split("release ")[-1].split(",")[0]
 
 
 def cuda_library_dir(cuda: Path) -> Path:
+    """Where the static runtime lies; distributions differ."""
     for name in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
         if (cuda / name / "libcudart_static.a").exists():
             return cuda / name
-    raise BuildError(f"{cuda} holds no libcudart_static.a; install the CUDA runtime's static library")
+    raise BuildError(
+        f"{cuda} holds no libcudart_static.a; install the CUDA runtime's static library"
+    )
 
 
 class NinjaFile:
@@ -96,12 +100,14 @@ class NinjaFile:
         self.lines = ["ninja_required_version = 1.5", ""]
 
     def rule(self, name: str, command: str, depfile: bool = True) -> None:
+        """How to make a kind of file; depfile: the command lists the headers it read."""
         self.lines += [f"rule {name}", f"  command = {command}"]
         if depfile:
             self.lines += ["  depfile = $out.d", "  deps = gcc"]
         self.lines.append("")
 
     def edge(self, out: Path, rule: str, sources: list[Path], **variables: str) -> None:
+        """One file to make, and what from."""
         escaped = " ".join(str(s).replace(" ", "$ ").replace(":", "$:") for s in sources)
         name = str(out).replace(" ", "$ ").replace(":", "$:")
         self.lines.append(f"build {name}: {rule} {escaped}")
@@ -112,6 +118,7 @@ class NinjaFile:
 
 
 def ninja_file(objects: Path, target: Path, cuda: Path | None) -> NinjaFile:
+    """Every object of the module, and the link."""
     import pybind11
     import torch
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -142,13 +149,15 @@ def ninja_file(objects: Path, target: Path, cuda: Path | None) -> NinjaFile:
             defined = f"-DFUSED_EMA_ISA={isa} {flags}"
             compile_to(f"cpu_{isa}_{name[:-4]}", "cxx", CSRC / "cpu" / name, defined)
 
-    libraries = [f"-L{shlex.quote(path)} -Wl,-rpath,{shlex.quote(path)}" for path in library_paths()]
+    libraries = [
+        f"-L{shlex.quote(path)} -Wl,-rpath,{shlex.quote(path)}" for path in library_paths()
+    ]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
     if cuda is not None:
         archs = [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         archs.append(f"-gencode arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
         nvcc = shlex.quote(str(cuda / "bin" / "nvcc"))
-        flags = f'-std=c++17 -O3 -Xcompiler -fPIC {" ".join(archs)} -Werror all-warnings'
+        flags = f"-std=c++17 -O3 -Xcompiler -fPIC {' '.join(archs)} -Werror all-warnings"
         # ptxas turns a register spill into a warning, and -Werror the warning into an error.
         flags += " -Xptxas -warn-spills -Xptxas -Werror"
         names = " ".join(CUDA_ARCHS)
@@ -167,6 +176,7 @@ class NinjaBuildExt(build_ext):
     """Builds through ninja, or writes down why not."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Builds the module and writes the facts of the build beside it."""
         wanted = os.environ.get("FUSED_EMA_BUILD", "auto")
         if wanted not in ("auto", "require", "off"):
             raise SystemExit(f"FUSED_EMA_BUILD is '{wanted}'; choose auto, require or off")

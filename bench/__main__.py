@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+import fused_ema
 from bench import cases, providers, report, timer
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
@@ -116,8 +117,9 @@ def available_bytes(device: torch.device) -> int:
 def fit(job: Job, settings: Settings) -> tuple[Case | None, str]:
     """The job's case, scaled down where memory or time ask for it; or None and why."""
     ema, param = (dtype.itemsize for dtype in providers.split_pair(job.pair))
-    # The lists and the limits' flat pair, both once more for the check, and a provider's buffer.
-    per_element = 2 * (ema + param) + 4 * ema + max(ema, 4)
+    # The lists, the limits' flat pair (while it is made its params are there twice), and the
+    # buffer of a provider that has one.
+    per_element = (ema + param) + (2 * ema + param) + max(ema, 4)
     most = max(0, settings.memory_bytes - _RESERVED_BYTES) // per_element
     case = cases.load(job.case, max(1, min(most, settings.max_elements)))
     if case.num_elements > most:
@@ -131,24 +133,25 @@ def fit(job: Job, settings: Settings) -> tuple[Case | None, str]:
 
 
 def prepare_checked(
-    provider: Provider, op: Op, sets: Sequence[Lists], saved: dict[int, Lists], momentum: float
+    provider: Provider, sets: Sequence[Lists], momentum: float
 ) -> tuple[list[Call], str]:
     """The provider's calls, one a set, after a first run on set 0 gave right values.
 
-    Returns no calls and what is wrong otherwise. Set 0 holds its old values afterwards.
+    Returns no calls and what is wrong otherwise.
     """
     target = provider.target(sets[0])
-    if id(target) not in saved:
-        copies = ([tensor.clone() for tensor in side] for side in (target.ema, target.params))
-        saved[id(target)] = Lists(*copies)
-    before = saved[id(target)]
     call = provider.prepare(target, momentum)
+    # However long the last provider averaged, ema and param differ again.
+    torch._foreach_neg_(target.ema)
+    before = timer.sample(target)
+    wrong = "it did not finish"
     try:
         call()
-        wrong = timer.check(provider.op, before, target, momentum)
+        wrong = timer.check(provider.op, before, timer.sample(target), momentum)
     finally:
-        torch._foreach_copy_(target.ema, before.ema)
-        torch._foreach_copy_(target.params, before.params)
+        if wrong:  # It may have left anything, and the next provider runs on the same tensors.
+            for tensor in (*target.ema, *target.params):
+                tensor.normal_(std=0.02)
     if wrong:
         return [], wrong
     others = (provider.prepare(provider.target(lists), momentum) for lists in sets[1:])
@@ -163,7 +166,6 @@ def run_job(
     outcome = Outcome()
     chosen: dict[str, Provider] = {}
     calls: dict[str, list[Call]] = {}
-    saved: dict[int, Lists] = {}
     device = settings.device
     for provider in providers.choose(job.op, job.pair, device.type, settings.providers):
         where = f"{provider.name} on {case.name} {job.op} {job.pair}"
@@ -171,7 +173,7 @@ def run_job(
             outcome.left_out[f"{provider.name}: {reason}"] = None
             continue
         try:
-            own, wrong = prepare_checked(provider, job.op, sets, saved, settings.momentum)
+            own, wrong = prepare_checked(provider, sets, settings.momentum)
         except Exception as error:  # A package of any version may fail in any way.
             message = (str(error) or type(error).__name__).splitlines()[0]
             if provider.kind == "torch":
@@ -184,7 +186,6 @@ def run_job(
             continue
         chosen[provider.name] = provider
         calls[provider.name] = own
-    saved.clear()
     if not calls:
         return outcome
 
@@ -303,6 +304,11 @@ def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
             start = time.perf_counter()
             seconds = max(0.0, deadline - start) / (len(jobs) - i)
             progress.begin(job)
+            if settings.rounds is None and start > deadline:
+                reason = "no time left, use --seconds for more"
+                outcome.left_out[f"{job.case} {job.op} {job.pair}: {reason}"] = None
+                progress.end(job, f"left out, {reason}")
+                continue
             if made != (job.case, job.pair):
                 sets.clear()
                 if settings.device.type == "cuda":
@@ -375,7 +381,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-elements", type=_number(int, 1), help="scale larger cases down to this")
     add("--memory-gb", type=_number(float, 0), help="use at most this much memory")
     add("--rounds", type=_number(int, 1), help="exactly so many, instead of as time allows")
-    add("--seconds", type=_number(float, 0), default=DEFAULT_SECONDS, help="(%(default)s)")
+    add("--seconds", type=_number(float, 0), default=DEFAULT_SECONDS, help="for all (%(default)s)")
     add("--threads", type=_number(int, 1), help="of torch, on the CPU")
     add("--json", type=Path, metavar="FILE", help="write one record a measurement")
     add("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
@@ -408,7 +414,7 @@ def ops_main(argv: Sequence[str]) -> int:
     )
     facts = report.environment(device)
     print(f"{facts['device_name']}, torch {torch.__version__}, {facts['num_threads']} threads")
-    print("\n".join(facts["fused_ema_info"]), flush=True)
+    print(fused_ema.info(), flush=True)
     with torch.no_grad():
         outcome = run(plan_jobs(args.cases, args.ops, args.dtypes), settings)
 

@@ -223,7 +223,8 @@ def _compile_foreach_lerp(lists: Lists, momentum: float) -> Call:
 
 
 def _averaged_model(lists: Lists, momentum: float) -> Call:
-    averaged = AveragedModel(nn.Module(), multi_avg_fn=get_ema_multi_avg_fn(1 - momentum))
+    average = get_ema_multi_avg_fn(1 - momentum)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(nn.Module(), multi_avg_fn=average)
     averaged.module, model = lists.modules
     averaged.n_averaged.fill_(1)  # The first update would copy instead of averaging.
     return partial(averaged.update_parameters, model)

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +118,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch_cuda": torch.version.cuda,
         "foreach_arguments": foreach_arguments(device),
         "fused_ema_version": fused_ema.__version__,
-        "fused_ema_info": str(fused_ema.info()).splitlines(),
+        "fused_ema_info": asdict(fused_ema.info()),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -266,8 +266,14 @@ def _groups(records: Iterable[Record]) -> list[list[Record]]:
 
 def _title(r: Record) -> str:
     note = f", {r['note']}" if r["note"] else ""
-    size = f"{r['num_tensors']:,} tensors, {r['num_elements'] / 1e6:,.3g} M elements"
-    return f"{r['case']} {r['op']} {_pair(r)} {r['cache']} - {r['title']}{note}: {size}"
+    return (
+        f"{r['case']} {r['op']} {_pair(r)} {r['cache']} - {r['title']}{note}: {_size(r)} elements"
+    )
+
+
+def _size(r: Record) -> str:
+    plural = "s" if r["num_tensors"] != 1 else ""
+    return f"{r['num_tensors']:,} tensor{plural}, {r['num_elements'] / 1e6:,.3g} M"
 
 
 def _pair(r: Record) -> str:
@@ -308,6 +314,7 @@ def plot(records: Sequence[Record], path: Path) -> list[Path]:
     )
     for axis, (pair, groups) in zip(axes[0], panels.items(), strict=False):
         _draw(axis, pair, groups)
+        axis.set_ylim(num_rows - 0.5, -0.5)  # Bars of one thickness in both panels.
     if panels:
         first = next(iter(panels.values()))[0][0]
         threads = "" if first["device"] == "cuda" else f", {first['num_threads']} threads"
@@ -382,7 +389,6 @@ def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
                 color=_COLORS["kernel"],
             )
     axis.set_yticks(range(len(groups)), [_row_label(group[0]) for group in groups], fontsize=8.5)
-    axis.invert_yaxis()
     axis.margins(x=0.14)
     axis.set_xlim(left=0)
     axis.set_title(f"ema {ema}, params {param}", fontsize=10, loc="left")
@@ -395,7 +401,7 @@ def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
 
 
 def _row_label(r: Record) -> str:
-    return f"{r['title']}\n{r['num_tensors']:,} tensors, {r['num_elements'] / 1e6:,.3g} M"
+    return f"{r['title']}\n{_size(r)}"
 
 
 def _pyplot() -> Any:

@@ -26,6 +26,8 @@ MAX_ROUNDS = 31
 MIN_SAMPLE_S = 200e-6  # Shorter calls are timed several at once.
 HOT_BYTES = 25e6  # Above this an update in training doesn't find its tensors in a cache.
 _MAX_CALLS = 1000
+_CHECKED_ELEMENTS = 2**24
+_PIECE = 2**14
 _CACHE_MULTIPLE = 4
 _MAX_SETS = 128
 _CACHE_GUESS_BYTES = 32 * 2**20
@@ -43,56 +45,56 @@ TOLERANCE = {
 # ---- checking values
 
 
-def reference(op: Op, ema: Tensor, param: Tensor, momentum: float) -> tuple[Tensor, Tensor]:
-    """What ema and param hold after the op; an updated ema in float64."""
-    if op == "update":
-        return ema.double() * (1 - momentum) + param.double() * momentum, param
-    if op == "swap":
-        return param.to(ema.dtype), ema.to(param.dtype)
-    return param.to(ema.dtype), param
+def sample(lists: Lists) -> tuple[Tensor, Tensor]:
+    """The elements that a check looks at, as flat copies of both sides.
+
+    All of them, up to a number that keeps the check short beside the measurement; of longer lists
+    every small tensor and evenly spread pieces of the large ones, first and last included.
+    """
+    num_elements = sum(tensor.numel() for tensor in lists.ema)
+    step = math.ceil(num_elements / _CHECKED_ELEMENTS)
+
+    def flat(tensors: Sequence[Tensor]) -> Tensor:
+        parts: list[Tensor] = []
+        for tensor in tensors:
+            pieces = torch.split(tensor.reshape(-1), _PIECE)
+            parts += pieces if step <= 1 else (*pieces[:-1:step], pieces[-1])
+        return torch.cat(parts)
+
+    return flat(lists.ema), flat(lists.params)
 
 
-def check(op: Op, before: Lists, after: Lists, momentum: float) -> str:
-    """Compares every element of a result to the reference; returns what is wrong, or nothing."""
-    # Small pieces stay in a CPU's cache; a GPU needs large ones to be busy.
-    size = 2**24 if before.ema[0].is_cuda else 2**18
+def check(
+    op: Op, before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], momentum: float
+) -> str:
+    """Compares samples of before and after to float64, or to a cast; says what is wrong."""
+    # On a CPU the pieces are so small that torch takes one thread and the core's own cache: with
+    # another program on the machine, threads that meet after every op take a hundred times longer.
+    size = before[0].numel() if before[0].is_cuda else _PIECE
+    sides = zip(*(torch.split(side, max(1, size)) for side in (*before, *after)), strict=True)
     start = 0
-    sides = (before.ema, before.params, after.ema, after.params)
-    for ema, param, new_ema, new_param in zip(*(_pieces(s, size) for s in sides), strict=True):
-        right_ema, right_param = reference(op, ema, param, momentum)
+    for ema, param, new_ema, new_param in sides:
+        right_param = ema.to(param.dtype) if op == "swap" else param
         if op == "update":
-            bound = (ema.abs().double() + param.abs().double()) * TOLERANCE[ema.dtype]
-            # Written so that a NaN is wrong.
-            wrong = ~((new_ema.double() - right_ema).abs() <= bound)
+            right_ema = ema.to(torch.float64, copy=True)
+            right_ema.mul_(1 - momentum).add_(param, alpha=momentum)
+            bound = ema.abs().add_(param.abs()).mul_(TOLERANCE[ema.dtype])
+            good = (right_ema - new_ema).abs_() <= bound  # False for a NaN.
         else:
-            wrong = new_ema != right_ema
-        for side, bad, new, right in (
-            ("ema", wrong, new_ema, right_ema),
-            ("param", new_param != right_param, new_param, right_param),
+            right_ema = param.to(ema.dtype)
+            good = new_ema == right_ema
+        for side, fine, new, right in (
+            ("ema", good, new_ema, right_ema),
+            ("param", new_param == right_param, new_param, right_param),
         ):
-            if bad.any():
-                i = int(bad.nonzero()[0])
+            if not fine.all():
+                i = int((~fine).nonzero()[0])
                 return (
-                    f"{op}: {side} element {start + i} of the list is {new[i].item()!r}, "
+                    f"{op}: {side} element {start + i} is {new[i].item()!r}, "
                     f"the reference says {right[i].item()!r}"
                 )
         start += ema.numel()
     return ""
-
-
-def _pieces(tensors: Sequence[Tensor], size: int) -> Iterator[Tensor]:
-    """All elements in the list's order, in flat pieces of about `size`."""
-    group: list[Tensor] = []
-    count = 0
-    for tensor in tensors:
-        for part in tensor.reshape(-1).split(size):
-            group.append(part)
-            count += part.numel()
-            if count >= size:
-                yield torch.cat(group) if len(group) > 1 else group[0]
-                group, count = [], 0
-    if group:
-        yield torch.cat(group)
 
 
 # ---- caches
@@ -151,7 +153,7 @@ class CudaClock:
     """
 
     def __init__(self) -> None:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = _event(), _event()
         cycles = 2_000_000
         torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
         start.record()
@@ -163,7 +165,7 @@ class CudaClock:
     def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
         """Seconds a call, over all of `calls`, whose launch takes about `host_s` each."""
         spin_s = min(20e-3, max(1e-3, 1.5 * host_s * len(calls)))
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = _event(), _event()
         torch.cuda.synchronize()
         torch.cuda._sleep(int(spin_s * self._cycles_per_s))  # type: ignore[no-untyped-call]
         start.record()
@@ -171,7 +173,11 @@ class CudaClock:
             call()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3 / len(calls)
+        return float(start.elapsed_time(end)) / 1e3 / len(calls)
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 class HostClock:

@@ -168,16 +168,17 @@ PYBIND11_MODULE(_C, m) {
 
 TORCH_LIBRARY(fused_ema, m) {
   m.def("update_(Tensor(a!)[] ema, Tensor[] params, float momentum, str form='lerp') -> ()");
-  m.def("update_.tensor(Tensor(a!)[] ema, Tensor[] params, Tensor momentum, str form='lerp') -> ()");
+  m.def(
+      "update_.tensor(Tensor(a!)[] ema, Tensor[] params, Tensor momentum, str form='lerp') -> ()");
   m.def("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()");
   m.def("copy_(Tensor(a!)[] dst, Tensor[] src) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(fused_ema, CompositeExplicitAutograd, m) {
-  m.impl("update_", [](at::TensorList ema, at::TensorList params, double momentum,
-                       c10::string_view form) {
-    update_(ema.vec(), params.vec(), momentum, std::string(form));
-  });
+  m.impl("update_",
+         [](at::TensorList ema, at::TensorList params, double momentum, c10::string_view form) {
+           update_(ema.vec(), params.vec(), momentum, std::string(form));
+         });
   m.impl("update_.tensor", [](at::TensorList ema, at::TensorList params, const at::Tensor& momentum,
                               c10::string_view form) {
     update_(ema.vec(), params.vec(), momentum, std::string(form));

@@ -73,9 +73,9 @@ bool is_expanded(const at::Tensor& tensor) {
 // Wrappers and lazy views have no memory of their own to work on.
 bool is_plain(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet kNotPlain{
-      c10::DispatchKey::Python,          c10::DispatchKey::FuncTorchBatched,
-      c10::DispatchKey::Functionalize,   c10::DispatchKey::FuncTorchGradWrapper,
-      c10::DispatchKey::Negative,        c10::DispatchKey::Conjugate,
+      c10::DispatchKey::Python,        c10::DispatchKey::FuncTorchBatched,
+      c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper,
+      c10::DispatchKey::Negative,      c10::DispatchKey::Conjugate,
       c10::DispatchKey::ZeroTensor};
   return !tensor.key_set().has_any(kNotPlain);
 }
@@ -88,8 +88,8 @@ bool has_data(const at::Tensor& tensor) {
 void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
                 const std::string& at_a, const std::string& at_b) {
   const auto check_layout = [&](const at::Tensor& tensor, const std::string& at) {
-    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "fused_ema.", s.op, ": ", at, " has layout torch.",
-                     layout_name(tensor.layout()),
+    TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "fused_ema.", s.op, ": ", at,
+                     " has layout torch.", layout_name(tensor.layout()),
                      "; only dense tensors can be averaged, pass .to_dense() or leave it out");
   };
   check_layout(a, at_a);
@@ -102,8 +102,8 @@ void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
   TORCH_CHECK_VALUE(a.sizes() == b.sizes(), "fused_ema.", s.op, ": ", at_a, " has shape ",
                     a.sizes(), " but ", at_b, " has shape ", b.sizes(),
                     "; pass lists whose tensors match pairwise");
-  TORCH_CHECK_VALUE(a.device() == b.device(), "fused_ema.", s.op, ": ", at_a, " is on ",
-                    a.device(), " but ", at_b, " is on ", b.device(),
+  TORCH_CHECK_VALUE(a.device() == b.device(), "fused_ema.", s.op, ": ", at_a, " is on ", a.device(),
+                    " but ", at_b, " is on ", b.device(),
                     "; move one of them to the other's device");
   const auto check_written = [&](const at::Tensor& tensor, const std::string& at) {
     TORCH_CHECK_VALUE(!is_expanded(tensor), "fused_ema.", s.op, ": ", at,
@@ -146,10 +146,9 @@ void check_overlap(const Signature& s, const Tensors& a, const Tensors& b,
       if (!has_data(tensor) || !tensor.is_non_overlapping_and_dense()) continue;
       const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
       const c10::Device device = tensor.device();
-      ranges.push_back(Range{begin, begin + tensor.nbytes(), static_cast<uint32_t>(i), is_b,
-                             written,
-                             static_cast<int16_t>(static_cast<int>(device.type()) * 256 +
-                                                  device.index() + 1)});
+      ranges.push_back(
+          Range{begin, begin + tensor.nbytes(), static_cast<uint32_t>(i), is_b, written,
+                static_cast<int16_t>(static_cast<int>(device.type()) * 256 + device.index() + 1)});
     }
   };
   add(a, false, s.writes_a);
@@ -167,7 +166,8 @@ void check_overlap(const Signature& s, const Tensors& a, const Tensors& b,
     // A read may repeat a read; nothing else may start before a range ends.
     for (const Range* other : {last_written, range.written ? last_read : nullptr}) {
       if (other == nullptr || other->device != range.device || range.begin >= other->end) continue;
-      const bool in_order = std::pair(other->is_b, other->index) < std::pair(range.is_b, range.index);
+      const bool in_order =
+          std::pair(other->is_b, other->index) < std::pair(range.is_b, range.index);
       const Range& one = in_order ? *other : range;
       const Range& two = in_order ? range : *other;
       const auto place = [&](const Range& r) {
@@ -247,8 +247,7 @@ void check_lists(const Signature& s, const Tensors& a, const Tensors& b,
                     " tensors but ", s.side_b, " holds ", b.size(),
                     "; pass lists of the same length");
   TORCH_CHECK_VALUE(names.empty() || names.size() == a.size(), "fused_ema.", s.op, ": ",
-                    names.size(), " names for ", a.size(),
-                    " pairs; pass one name a pair, or none");
+                    names.size(), " names for ", a.size(), " pairs; pass one name a pair, or none");
   for (size_t i = 0; i < a.size(); ++i) {
     if (!is_usual(s, a[i], b[i])) {
       check_pair(s, a[i], b[i], where(s.side_a, i, names), where(s.side_b, i, names));
@@ -267,8 +266,7 @@ void check_momentum(const char* op, double momentum) {
 Form parse_form(const char* op, const std::string& form) {
   if (form == "lerp") return Form::kLerp;
   if (form == "mul_add") return Form::kMulAdd;
-  TORCH_CHECK_VALUE(false, "fused_ema.", op, ": form is '", form,
-                    "'; choose 'lerp' or 'mul_add'");
+  TORCH_CHECK_VALUE(false, "fused_ema.", op, ": form is '", form, "'; choose 'lerp' or 'mul_add'");
 }
 
 bool has_plain_memory(const at::Tensor& a, const at::Tensor& b) {

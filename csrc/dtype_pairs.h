@@ -18,12 +18,12 @@ enum class Dtype : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
 // X(name, ema type, param type). The ema is as wide as the param or wider, so "a" is the wide side
 // of a pair everywhere in csrc/ and swap_ and copy_ exchange their lists to fit where needed.
-#define FUSED_EMA_FOR_EACH_PAIR(X)            \
-  X(kFloat32Float32, float, float)            \
-  X(kFloat32BFloat16, float, BFloat16)        \
-  X(kFloat32Float16, float, Half)             \
-  X(kFloat64Float64, double, double)          \
-  X(kBFloat16BFloat16, BFloat16, BFloat16)    \
+#define FUSED_EMA_FOR_EACH_PAIR(X)         \
+  X(kFloat32Float32, float, float)         \
+  X(kFloat32BFloat16, float, BFloat16)     \
+  X(kFloat32Float16, float, Half)          \
+  X(kFloat64Float64, double, double)       \
+  X(kBFloat16BFloat16, BFloat16, BFloat16) \
   X(kFloat16Float16, Half, Half)
 
 enum class DtypePair : uint8_t {

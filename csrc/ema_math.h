@@ -140,10 +140,10 @@ enum class AlphaRounding : uint8_t { kToEmaDtype, kNone };
 
 template <typename C>
 struct Coefficients {
-  C momentum;        // mul_add: alpha
-  C decay;           // mul_add: 1 - m, formed in double
-  C weight;          // lerp: m, or -(1 - m) where the formula starts from the param
-  bool from_param;   // lerp: m >= 0.5
+  C momentum;       // mul_add: alpha
+  C decay;          // mul_add: 1 - m, formed in double
+  C weight;         // lerp: m, or -(1 - m) where the formula starts from the param
+  bool from_param;  // lerp: m >= 0.5
 };
 
 template <typename EmaT, typename ParamT>

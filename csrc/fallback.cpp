@@ -1,12 +1,12 @@
 #include "fallback.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_foreach_add.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_lerp.h>
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/scalar_tensor.h>
-#include <ATen/TensorOperators.h>
 
 namespace fused_ema::fallback {
 namespace {

@@ -55,7 +55,7 @@ Tensors version_holders(const Tensors& tensors) {
 }
 
 void bump_versions(const Tensors& tensors) {
-  at::parallel_for(0, static_cast<int64_t>(tensors.size()), 2048, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, static_cast<int64_t>(tensors.size()), 1024, [&](int64_t begin, int64_t end) {
     // A bump is a locked instruction, which waits for its own cache miss alone. Reading a batch
     // first lets the misses overlap: they are what this costs after a step has filled the caches.
     constexpr int64_t kBatch = 32;
@@ -103,10 +103,9 @@ cpu::Work work_of(const Group& group, const Operation& operation) {
 void run_on_cpu(const Group& group, const Operation& operation) {
   const cpu::Work work = work_of(group, operation);
   const TileShape shape = tile_shape(group.pair);
-  at::parallel_for(0, group.spans.cost_before.back(), cpu::kGrainCost,
-                   [&](int64_t begin, int64_t end) {
-                     cpu::run_range(group.spans, shape, work, begin, end);
-                   });
+  at::parallel_for(
+      0, group.spans.cost_before.back(), cpu::kGrainCost,
+      [&](int64_t begin, int64_t end) { cpu::run_range(group.spans, shape, work, begin, end); });
 }
 
 #ifdef FUSED_EMA_WITH_CUDA
@@ -132,8 +131,8 @@ void run_on_cuda(const Group& group, const Operation& operation) {
       if (operation.device_momentum) {
         momentum.device = operation.device_momentum->const_data_ptr<double>();
       }
-      status = cuda::launch_update(group.pair, operation.form, work, momentum,
-                                   stream.native_handle());
+      status =
+          cuda::launch_update(group.pair, operation.form, work, momentum, stream.native_handle());
       break;
     }
     case Kind::kSwap:
@@ -145,8 +144,8 @@ void run_on_cuda(const Group& group, const Operation& operation) {
                                  work, stream.native_handle());
       break;
   }
-  TORCH_CHECK(status == 0, "fused_ema: the launch on ", group.device, " failed: ",
-              cuda::status_text(status));
+  TORCH_CHECK(status == 0, "fused_ema: the launch on ", group.device,
+              " failed: ", cuda::status_text(status));
 }
 #endif
 

@@ -23,7 +23,7 @@ struct Operation {
 struct Group {
   at::Device device = at::kCPU;
   DtypePair pair = DtypePair::kFloat32Float32;
-  bool flipped = false;  // the lists' first side is the pair's side b
+  bool flipped = false;   // the lists' first side is the pair's side b
   int64_t num_pairs = 0;  // with the empty ones, which have no span
   cpu::SpanTable spans;
   // CUDA plans only: the tile table in device memory, and the stream it was made on.

@@ -32,9 +32,9 @@ void Plan::refresh() {
     // Pairs without plain memory are torch's to look after at each call.
     if (!has_plain_memory(ema_[i], params_[i])) continue;
     for (const at::Tensor* tensor : {&ema_[i], &params_[i]}) {
-      seen_.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(),
-                           tensor->numel(), tensor->scalar_type(),
-                           static_cast<uint32_t>(tensor->dim()), geometry_.size()});
+      seen_.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(), tensor->numel(),
+                           tensor->scalar_type(), static_cast<uint32_t>(tensor->dim()),
+                           geometry_.size()});
       geometry_.insert(geometry_.end(), tensor->sizes().begin(), tensor->sizes().end());
       geometry_.insert(geometry_.end(), tensor->strides().begin(), tensor->strides().end());
     }
@@ -59,7 +59,7 @@ bool Plan::is_unchanged(const Seen& seen) const {
 bool Plan::is_stale() const {
   std::atomic<bool> stale{false};
   const auto size = static_cast<int64_t>(seen_.size());
-  at::parallel_for(0, size, 2048, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
     // Four cache misses a tensor after a training step, in two dependent rounds: fetched ahead.
     constexpr int64_t kAhead = 16;
     for (int64_t i = begin; i < end; ++i) {
@@ -92,8 +92,8 @@ void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB});
 std::vector<Plan::GroupFacts> Plan::describe() const {
   std::vector<GroupFacts> facts;
   for (const Group& group : groups_.groups) {
-    GroupFacts fact{service_of(group.device).backend, group.device.str(),
-                    dtype_name(dtypes_of(group.pair).a), dtype_name(dtypes_of(group.pair).b),
+    GroupFacts fact{service_of(group.device).backend,      group.device.str(),
+                    dtype_name(dtypes_of(group.pair).a),   dtype_name(dtypes_of(group.pair).b),
                     static_cast<int64_t>(group.num_pairs), 0};
     for (const Span& span : group.spans.spans) fact.num_elements += span.n;
     facts.push_back(std::move(fact));
@@ -103,10 +103,14 @@ std::vector<Plan::GroupFacts> Plan::describe() const {
   for (size_t i = 0; i < groups_.fallback_a.size(); ++i) {
     const at::Tensor& ema = groups_.fallback_a[i];
     const at::Tensor& param = groups_.fallback_b[i];
-    const GroupFacts fact{"foreach", ema.device().str(), dtype_name(ema.scalar_type()),
-                          dtype_name(param.scalar_type()), 1, ema.numel()};
-    const auto same = std::find_if(
-        facts.begin() + first_fallback, facts.end(), [&](const GroupFacts& other) {
+    const GroupFacts fact{"foreach",
+                          ema.device().str(),
+                          dtype_name(ema.scalar_type()),
+                          dtype_name(param.scalar_type()),
+                          1,
+                          ema.numel()};
+    const auto same =
+        std::find_if(facts.begin() + first_fallback, facts.end(), [&](const GroupFacts& other) {
           return other.device == fact.device && other.ema_dtype == fact.ema_dtype &&
                  other.param_dtype == fact.param_dtype;
         });

@@ -112,8 +112,7 @@ FUSED_EMA_HOST_DEVICE inline Tile warp_tile_of(const TileShape& shape, const Spa
     --index;
   }
   const int64_t warp_tile = shape.warp_tile();
-  const int64_t begin =
-      split.head + split.num_block_tiles * shape.block_tile() + index * warp_tile;
+  const int64_t begin = split.head + split.num_block_tiles * shape.block_tile() + index * warp_tile;
   const int64_t left = span.n - begin;
   return tile_at(shape, span, begin, left < warp_tile ? left : warp_tile, pair);
 }

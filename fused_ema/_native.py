@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-_REBUILD = "reinstall fused_ema with the torch in use: pip install --no-build-isolation fused_ema"
+_REBUILD = "reinstall fused_ema with the torch in use, with pip's --no-build-isolation"
 
 
 def build_info() -> dict[str, Any]:
-    """What setup.py wrote about the build: ``native``, ``reason``, ``torch``, ``cuda``, ``archs``."""
+    """What setup.py wrote about the build: native, and torch and cuda or the reason why not."""
     path = Path(__file__).with_name("_build_info.json")
     try:
         facts = json.loads(path.read_text())

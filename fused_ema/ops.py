@@ -135,22 +135,9 @@ def _define_without_native() -> torch.library.Library:
 _library = _define_without_native() if _native.C is None else None
 
 
-# The operations return nothing and make no tensor: under a fake there is nothing to do.
-@torch.library.register_fake("fused_ema::update_")
-def _update_fake(
-    ema: list[Tensor], params: list[Tensor], momentum: float, form: str = "lerp"
-) -> None: ...
+def _fake(*args: object, **kwargs: object) -> None:
+    """The operations return nothing and make no tensor: on fake tensors there is nothing to do."""
 
 
-@torch.library.register_fake("fused_ema::update_.tensor")
-def _update_tensor_fake(
-    ema: list[Tensor], params: list[Tensor], momentum: Tensor, form: str = "lerp"
-) -> None: ...
-
-
-@torch.library.register_fake("fused_ema::swap_")
-def _swap_fake(a: list[Tensor], b: list[Tensor]) -> None: ...
-
-
-@torch.library.register_fake("fused_ema::copy_")
-def _copy_fake(dst: list[Tensor], src: list[Tensor]) -> None: ...
+for _name in ("update_", "update_.tensor", "swap_", "copy_"):
+    torch.library.register_fake(f"fused_ema::{_name}", _fake)

@@ -64,7 +64,13 @@ BAD_LISTS = {
         "is torch.float32",
     ),
     "bfloat16 with float16": ([f32(2).bfloat16()], [f32(2).half()], TypeError, "torch.float16"),
-    "sparse": ([f32(3, 3).to_sparse()], [f32(3, 3)], TypeError, "[0] has layout torch.sparse_coo", ".to_dense()"),
+    "sparse": (
+        [f32(3, 3).to_sparse()],
+        [f32(3, 3)],
+        TypeError,
+        "[0] has layout torch.sparse_coo",
+        ".to_dense()",
+    ),
     "sparse csr": ([f32(3, 3)], [sparse_csr()], TypeError, "torch.sparse_csr"),
     "the same tensor on both sides": ([SHARED], [SHARED], ValueError, "[0] and", "share memory"),
     "the same tensor twice": ([SHARED, f32(2), SHARED], [f32(4), f32(2), f32(4)], ValueError),
@@ -189,7 +195,7 @@ def test_momentum_of_a_wrong_type(backend, momentum):
     ema = [f32(3)]
     plan = fused_ema.Plan(ema, [f32(3) * 5])
     for call in (lambda: fused_ema.update_(ema, [f32(3)], momentum), lambda: plan.update(momentum)):
-        with pytest.raises(TypeError, match="0-dim torch.float64 tensor"):
+        with pytest.raises(TypeError, match=r"0-dim torch\.float64 tensor"):
             call()
     assert_bits_equal(ema[0], f32(3))
 
@@ -244,7 +250,8 @@ def test_negated_views_take_their_values_not_their_memory(backend):
 
 
 @pytest.mark.cuda
-def test_devices_that_differ(device="cuda"):
+def test_devices_that_differ():
+    device = "cuda"
     with pytest.raises(ValueError, match=r"ema\[0\] is on cpu but params\[0\] is on cuda:0"):
         fused_ema.update_([f32(2)], [f32(2).to(device)], 0.5)
     momentum = torch.tensor(0.5, dtype=torch.float64, device=device)

@@ -28,9 +28,7 @@ def test_the_compiled_part_is_in_use():
 def test_info_names_a_backend_for_every_pair():
     info = fused_ema.info()
     assert info.version == fused_ema.__version__
-    assert info.backends["cpu"] == {
-        f"{str(a)[6:]}/{str(b)[6:]}": "cpu" for a, b in DTYPE_PAIRS
-    }
+    assert info.backends["cpu"] == {f"{str(a)[6:]}/{str(b)[6:]}": "cpu" for a, b in DTYPE_PAIRS}
     assert info.reasons.get("cpu") is None
     assert info.instruction_set in ("avx512", "avx2", "generic")
     text = str(info)

@@ -226,7 +226,9 @@ def test_mul_add_follows_the_threads_of_torch(dtype, num_threads):
         torch.set_num_threads(num_threads)
         for size in (32_767, 32_768, 32_769, 65_537, 98_305, 131_073, 300_007):
             ema, params = make_lists((size, 5), (dtype, dtype))
-            expected = [torch_update(e, p, 0.3, "mul_add") for e, p in zip(ema, params, strict=True)]
+            expected = [
+                torch_update(e, p, 0.3, "mul_add") for e, p in zip(ema, params, strict=True)
+            ]
             fused_ema.update_(ema, params, 0.3, "mul_add")
             for e, want in zip(ema, expected, strict=True):
                 assert_bits_equal(e, want, f"{size} elements")

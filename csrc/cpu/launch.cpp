@@ -23,18 +23,16 @@ constexpr InstructionSet kInstructionSets[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
      },
-     avx512::update_kernel, avx512::one_at_a_time_kernel, avx512::swap_kernel,
-     avx512::copy_kernel},
+     avx512::update_kernel, avx512::one_at_a_time_kernel, avx512::swap_kernel, avx512::copy_kernel},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      },
-     avx2::update_kernel, avx2::one_at_a_time_kernel, avx2::swap_kernel,
-     avx2::copy_kernel},
+     avx2::update_kernel, avx2::one_at_a_time_kernel, avx2::swap_kernel, avx2::copy_kernel},
 #endif
-    {"generic", [] { return true; }, generic::update_kernel,
-     generic::one_at_a_time_kernel, generic::swap_kernel, generic::copy_kernel},
+    {"generic", [] { return true; }, generic::update_kernel, generic::one_at_a_time_kernel,
+     generic::swap_kernel, generic::copy_kernel},
 };
 
 const InstructionSet* best() {

@@ -55,8 +55,7 @@ FUSED_EMA_INLINE __m256i bfloat16_bits(F32 x) {
   const __m512i rounded = _mm512_srli_epi32(
       _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(
-      _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
 }
 FUSED_EMA_INLINE void store_vec(BFloat16* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));

@@ -23,8 +23,8 @@ struct Copy {
 
 Status launch_copy(DtypePair pair, bool to_a, const Work& work, Stream stream) {
   switch (pair) {
-#define FUSED_EMA_CASE(name, A, B)                                       \
-  case DtypePair::name:                                                  \
+#define FUSED_EMA_CASE(name, A, B)                                 \
+  case DtypePair::name:                                            \
     return to_a ? launch<Copy<true, A, B>, A, B>(work, {}, stream) \
                 : launch<Copy<false, A, B>, A, B>(work, {}, stream);
     FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)

@@ -41,8 +41,8 @@ struct ListSource {
   __device__ Tile warp_tile(const TileShape& shape, uint32_t index) const {
     const int32_t i = find(index, &ListEntry::first_warp_tile);
     const ListEntry& entry = entries[i];
-    return warp_tile_of(shape, entry.span, split(shape, entry.span),
-                        index - entry.first_warp_tile, static_cast<uint32_t>(i));
+    return warp_tile_of(shape, entry.span, split(shape, entry.span), index - entry.first_warp_tile,
+                        static_cast<uint32_t>(i));
   }
 
  private:

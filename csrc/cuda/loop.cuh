@@ -74,8 +74,8 @@ __device__ __forceinline__ void run_body(const Op& op, A* a, B* b, int num_vecto
 template <typename Op, typename A, typename B>
 __device__ __forceinline__ void run_warp_tile(const Op& op, const Tile& tile, int lane) {
   constexpr TileShape kShape = tile_shape(sizeof(A), sizeof(B));
-  A* a = static_cast<A*>(tile.a);
-  B* b = static_cast<B*>(tile.b);
+  A* a = global_pointer<A>(tile.a);
+  B* b = global_pointer<B>(tile.b);
   const int n = static_cast<int>(tile.n);
   int head = head_elements(kShape, reinterpret_cast<uintptr_t>(a), reinterpret_cast<uintptr_t>(b));
   head = head < n ? head : n;
@@ -107,12 +107,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm)
   const Op op(args);
   if (blockIdx.x < source.num_block_tiles) {
     const Tile tile = source.block_tile(kShape, blockIdx.x);
-    run_body<true>(op, static_cast<A*>(tile.a), static_cast<B*>(tile.b), 0,
+    run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,
                    static_cast<int>(threadIdx.x), kThreadsPerBlock);
     return;
   }
-  const uint32_t index = (blockIdx.x - source.num_block_tiles) * kWarpsPerBlock +
-                         threadIdx.x / kWarpSize;
+  const uint32_t index =
+      (blockIdx.x - source.num_block_tiles) * kWarpsPerBlock + threadIdx.x / kWarpSize;
   if (index < source.num_warp_tiles) {
     run_warp_tile<Op, A, B>(op, source.warp_tile(kShape, index),
                             static_cast<int>(threadIdx.x % kWarpSize));

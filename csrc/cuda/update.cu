@@ -40,8 +40,8 @@ Status launch_form(const Work& work, Momentum momentum, Stream stream) {
 Status launch_update(DtypePair pair, Form form, const Work& work, Momentum momentum,
                      Stream stream) {
   switch (pair) {
-#define FUSED_EMA_CASE(name, A, B)                                            \
-  case DtypePair::name:                                                       \
+#define FUSED_EMA_CASE(name, A, B)                                                      \
+  case DtypePair::name:                                                                 \
     return form == Form::kLerp ? launch_form<Form::kLerp, A, B>(work, momentum, stream) \
                                : launch_form<Form::kMulAdd, A, B>(work, momentum, stream);
     FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)

@@ -13,6 +13,16 @@ struct alignas(kVectorBytes) Vec {
   T e[N];
 };
 
+// A pointer that was itself read from memory: without the hint its accesses become generic ones
+// (LD, ST), which first find out the address space.
+template <typename T>
+__device__ __forceinline__ T* global_pointer(void* pointer) {
+#if defined(__CUDA_ARCH__)
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return static_cast<T*>(pointer);
+}
+
 template <typename T>
 __device__ __forceinline__ bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
