@@ -77,23 +77,23 @@ class Outcome:
 def plan_jobs(
     case_names: Sequence[str] | None, ops: Sequence[Op] | None, pairs: Sequence[str] | None
 ) -> list[Job]:
-    """The jobs of a run, a case's dtype pairs together.
+    """The jobs of a run, those on the same tensors together.
 
     Without ops and pairs a case gets its rows of DEFAULT_ROWS; with either, every combination.
     """
     chosen = case_names or cases.names()
     if ops or pairs:
         pairs = pairs or ["float32/float32"]
-        return [Job(c, p, op) for c in chosen for p in pairs for op in ops or ["update"]]
+        return [Job(c, p, op) for p in pairs for c in chosen for op in ops or ["update"]]
     jobs = [
         Job(case, pair, op)
         for case in chosen
         for op, pair, row_cases in DEFAULT_ROWS
         if row_cases is None or case in row_cases
     ]
-    # The ops of one dtype pair run on the same tensors.
+    # By dtype pair first: a slow machine that runs out of time has then seen every case.
     order = providers.DTYPE_PAIRS.index
-    return sorted(jobs, key=lambda job: (chosen.index(job.case), order(job.pair)))
+    return sorted(jobs, key=lambda job: (order(job.pair), chosen.index(job.case)))
 
 
 def available_bytes(device: torch.device) -> int:
@@ -302,7 +302,8 @@ def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
     with progress.context():
         for i, job in enumerate(jobs):
             start = time.perf_counter()
-            seconds = max(0.0, deadline - start) / (len(jobs) - i)
+            # A part of the share is kept back for later jobs that can't do with theirs.
+            seconds = 0.75 * max(0.0, deadline - start) / (len(jobs) - i)
             progress.begin(job)
             if settings.rounds is None and start > deadline:
                 reason = "no time left, use --seconds for more"
@@ -415,6 +416,8 @@ def ops_main(argv: Sequence[str]) -> int:
     facts = report.environment(device)
     print(f"{facts['device_name']}, torch {torch.__version__}, {facts['num_threads']} threads")
     print(fused_ema.info(), flush=True)
+    if facts["load_average"] > 0.5 * facts["num_cpus"]:
+        print(f"warning: other programs are running here (load {facts['load_average']})")
     with torch.no_grad():
         outcome = run(plan_jobs(args.cases, args.ops, args.dtypes), settings)
 

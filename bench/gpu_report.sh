@@ -48,7 +48,7 @@ print("gpu", torch.cuda.get_device_properties(0) if torch.cuda.is_available() el
 run_build() { make build VENV= PYTHON="$PYTHON"; }
 
 # --require-cuda: a GPU that torch can't see must fail the tests, not skip them.
-run_test() { make test VENV= PYTHON="$PYTHON" PYTEST_ARGS="--require-cuda -q"; }
+run_test() { make test VENV= PYTHON="$PYTHON" PYTEST_ARGS="--require-cuda -m cuda -q"; }
 
 # The sanitizer is some fifty times slower, so it gets 24 of the CUDA tests, spread over all files.
 # Without torch's allocator every tensor is an allocation of its own and a write past it is seen.

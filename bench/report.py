@@ -112,6 +112,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": device_name(device),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),  # Above 0.5 others work on this machine too.
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch_version": torch.__version__,

@@ -22,7 +22,7 @@ from torch import Tensor
 from bench.providers import Call, Lists, Op
 
 MIN_ROUNDS = 5
-MAX_ROUNDS = 31
+MAX_ROUNDS = 21
 MIN_SAMPLE_S = 200e-6  # Shorter calls are timed several at once.
 HOT_BYTES = 25e6  # Above this an update in training doesn't find its tensors in a cache.
 _MAX_CALLS = 1000
@@ -57,8 +57,12 @@ def sample(lists: Lists) -> tuple[Tensor, Tensor]:
     def flat(tensors: Sequence[Tensor]) -> Tensor:
         parts: list[Tensor] = []
         for tensor in tensors:
-            pieces = torch.split(tensor.reshape(-1), _PIECE)
-            parts += pieces if step <= 1 else (*pieces[:-1:step], pieces[-1])
+            whole = tensor.reshape(-1)
+            if step <= 1 or whole.numel() <= _PIECE:
+                parts.append(whole)
+            else:
+                pieces = torch.split(whole, _PIECE)
+                parts += (*pieces[:-1:step], pieces[-1])
         return torch.cat(parts)
 
     return flat(lists.ema), flat(lists.params)

@@ -109,7 +109,7 @@ void run_on_cpu(const Group& group, const Operation& operation) {
 }
 
 #ifdef FUSED_EMA_WITH_CUDA
-void run_on_cuda(const Group& group, const Operation& operation) {
+void run_on_cuda(Group& group, const Operation& operation) {
   using Kind = Operation::Kind;
   const c10::DeviceGuard guard(group.device);
   const c10::Stream stream = current_stream(group.device);
@@ -120,6 +120,7 @@ void run_on_cuda(const Group& group, const Operation& operation) {
     work.num_warp_tiles = static_cast<uint32_t>(group.num_warp_tiles);
     // The allocator must not hand the table to another tensor while this stream reads it.
     if (stream != *group.table_stream) group.table.record_stream(stream);
+    group.captured = group.captured || cuda::is_capturing(stream.native_handle());
   } else {
     work.spans = group.spans.spans.data();
     work.num_spans = static_cast<int64_t>(group.spans.spans.size());
@@ -212,18 +213,18 @@ Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
   return result;
 }
 
-void upload_tables(Groups& groups) {
+void upload_tables(Groups& groups, bool wait) {
   for (Group& group : groups.groups) {
     if (!group.device.is_cuda()) continue;
     const TileTable table = make_tile_table(tile_shape(group.pair), group.spans.spans);
     const int64_t bytes = static_cast<int64_t>(table.tiles.size() * sizeof(Tile));
     const c10::DeviceGuard guard(group.device);
-    // Pinned, so that the copy doesn't wait; torch's host allocator keeps it until it has run.
+    // Pinned, so that the copy need not wait; torch's host allocator keeps it until it has run.
     const at::Tensor staged =
         at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
     std::memcpy(staged.mutable_data_ptr(), table.tiles.data(), bytes);
     group.table = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(group.device));
-    group.table.copy_(staged, /*non_blocking=*/true);
+    group.table.copy_(staged, /*non_blocking=*/!wait);
     group.table_stream = current_stream(group.device);
     group.num_block_tiles = table.num_block_tiles;
     group.num_warp_tiles = table.num_warp_tiles();
@@ -242,9 +243,9 @@ void check_device_momentum(const char* op, const Groups& groups, const Operation
   for (const at::Tensor& tensor : groups.fallback_a) check(tensor.device());
 }
 
-void run(const Groups& groups, const Operation& operation) {
+void run(Groups& groups, const Operation& operation) {
   using Kind = Operation::Kind;
-  for (const Group& group : groups.groups) {
+  for (Group& group : groups.groups) {
     if (group.spans.spans.empty()) continue;
 #ifdef FUSED_EMA_WITH_CUDA
     if (group.device.is_cuda()) {

@@ -31,6 +31,7 @@ struct Group {
   int64_t num_block_tiles = 0;
   int64_t num_warp_tiles = 0;
   std::optional<c10::Stream> table_stream = std::nullopt;
+  bool captured = false;  // a CUDA graph replays from this table
 };
 
 struct Groups {
@@ -46,13 +47,14 @@ struct Groups {
 // Of lists that check_lists has passed.
 Groups make_groups(const Signature& signature, const Tensors& a, const Tensors& b);
 
-// Moves the tile tables of CUDA groups into device memory, in stream order.
-void upload_tables(Groups& groups);
+// Moves the tile tables of CUDA groups into device memory. wait: any stream may use them at once;
+// otherwise those that are ordered after the current one.
+void upload_tables(Groups& groups, bool wait);
 
 // Raises where the device momentum can't serve the lists; before anything is written.
 void check_device_momentum(const char* op, const Groups& groups, const Operation& operation);
 
-void run(const Groups& groups, const Operation& operation);
+void run(Groups& groups, const Operation& operation);
 
 // "cpu", "cuda" or "foreach", and for the last why.
 struct Service {

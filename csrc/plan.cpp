@@ -24,7 +24,15 @@ void Plan::refresh() {
     }
   }
   Groups groups = make_groups(kPlanSignature, ema_, params_);
-  upload_tables(groups);
+  // A new plan waits for its upload. One that is made anew inside a call must not, and need not:
+  // a stream that isn't ordered after this one would already race on the emas.
+  const bool is_new = num_refreshes_ < 0;
+  upload_tables(groups, /*wait=*/is_new);
+  // A captured graph goes on reading the table, and writing the addresses, that it was captured
+  // with, as it does for torch's own operations; the table must stay what it was.
+  for (const Group& group : groups_.groups) {
+    if (group.captured) captured_tables_.push_back(group.table);
+  }
   groups_ = std::move(groups);
   seen_.clear();
   geometry_.clear();

@@ -51,6 +51,7 @@ class Plan {
   Tensors params_;
   std::vector<std::string> names_;
   Groups groups_;
+  Tensors captured_tables_;
   std::vector<Seen> seen_;
   std::vector<int64_t> geometry_;
   int64_t num_refreshes_ = -1;  // the first making is none

@@ -23,7 +23,8 @@ class Plan:
     inside a call is a race, as it is with torch's own functions.
 
     Making a plan, or making it anew, is not possible while a CUDA graph is being captured; running
-    it is.
+    it is. Such a graph replays from the plan's table with the addresses of the capture, as it does
+    for any operation of torch: keep the plan for as long as the graph.
 
     Args:
         ema: The averages. A list or tuple of tensors; any dense layout. A pair whose strides differ
