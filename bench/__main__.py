@@ -34,7 +34,8 @@ DEFAULT_ROWS: tuple[tuple[Op, str, tuple[str, ...] | None], ...] = (
 # 1/8 is exact in every dtype, and far above the rounding of bf16: a provider that does nothing
 # fails its check.
 DEFAULT_MOMENTUM = 0.125
-DEFAULT_SECONDS = 150.0
+DEFAULT_SECONDS = 140.0
+_OVERRUN = 1.15  # No job starts later than this many times the seconds of the run.
 # A CPU moves about a hundredth of what a GPU does in the same time.
 DEFAULT_MAX_ELEMENTS = {"cpu": 2**26, "cuda": 2**30}
 _MEMORY_SHARE = 0.6
@@ -294,7 +295,9 @@ class Progress:
 def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
     """Measures all jobs; later ones get the time that earlier ones left."""
     outcome = Outcome()
-    deadline = time.perf_counter() + settings.seconds
+    begin = time.perf_counter()
+    deadline = begin + settings.seconds
+    last_start = begin + _OVERRUN * settings.seconds
     progress = Progress(len(jobs))
     made: tuple[str, str] | None = None
     case: Case | None = None
@@ -305,7 +308,7 @@ def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
             # A part of the share is kept back for later jobs that can't do with theirs.
             seconds = 0.75 * max(0.0, deadline - start) / (len(jobs) - i)
             progress.begin(job)
-            if settings.rounds is None and start > deadline:
+            if settings.rounds is None and start > last_start:
                 reason = "no time left, use --seconds for more"
                 outcome.left_out[f"{job.case} {job.op} {job.pair}: {reason}"] = None
                 progress.end(job, f"left out, {reason}")

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -206,16 +206,19 @@ def _foreach_cast_lerp(lists: Lists, momentum: float) -> Call:
     return call
 
 
-@cache
-def _compiled_lerp() -> Callable[..., Any]:
+@lru_cache(maxsize=1)
+def _compiled_lerp(shapes: tuple[torch.Size, ...], dtype: torch.dtype) -> Callable[..., Any]:
     def lerp(ema: list[Tensor], params: list[Tensor], momentum: float) -> None:
         torch._foreach_lerp_(ema, params, momentum)
 
-    return torch.compile(lerp, dynamic=False)
+    # Dynamo counts recompilations, and after eight runs the rest uncompiled without a word.
+    torch._dynamo.reset()
+    return torch.compile(lerp, dynamic=False, fullgraph=True)
 
 
 def _compile_foreach_lerp(lists: Lists, momentum: float) -> Call:
-    return partial(_compiled_lerp(), lists.ema, lists.params, momentum)
+    compiled = _compiled_lerp(tuple(e.shape for e in lists.ema), lists.ema[0].dtype)
+    return partial(compiled, lists.ema, lists.params, momentum)
 
 
 # The three packages below clone the model they are given. Their copy is exchanged for our tensors,

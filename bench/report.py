@@ -320,8 +320,7 @@ def plot(records: Sequence[Record], path: Path) -> list[Path]:
         first = next(iter(panels.values()))[0][0]
         threads = "" if first["device"] == "cuda" else f", {first['num_threads']} threads"
         figure.suptitle(
-            f"EMA update of a whole model: {first['device_name']}{threads}, "
-            f"torch {first['torch_version']}",
+            f"EMA update on {first['device_name']}{threads}, torch {first['torch_version']}",
             fontsize=11,
             fontweight="bold",
         )
@@ -402,7 +401,8 @@ def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
 
 
 def _row_label(r: Record) -> str:
-    return f"{r['title']}\n{_size(r)}"
+    scaled = f", {r['note'].partition(',')[0]}" if r["note"] else ""
+    return f"{r['title']}{scaled}\n{_size(r)}"
 
 
 def _pyplot() -> Any:

@@ -54,20 +54,33 @@ Tensors version_holders(const Tensors& tensors) {
   return holders;
 }
 
-void bump_versions(const Tensors& tensors) {
-  at::parallel_for(0, static_cast<int64_t>(tensors.size()), 1024, [&](int64_t begin, int64_t end) {
-    // A bump is a locked instruction, which waits for its own cache miss alone. Reading a batch
-    // first lets the misses overlap: they are what this costs after a step has filled the caches.
-    constexpr int64_t kBatch = 32;
-    for (int64_t first = begin; first < end; first += kBatch) {
-      const int64_t last = std::min(first + kBatch, end);
-      for (int64_t i = first; i < last; ++i) {
-        [[maybe_unused]] const volatile uint32_t version =
-            tensors[i].unsafeGetTensorImpl()->version_counter().current_version();
-      }
-      for (int64_t i = first; i < last; ++i) tensors[i].unsafeGetTensorImpl()->bump_version();
+// A bump is a locked instruction, which waits for its own cache miss alone. Reading a batch first
+// lets the misses overlap.
+void bump_versions(const Tensors& tensors, size_t begin, size_t end) {
+  constexpr size_t kBatch = 32;
+  for (size_t first = begin; first < end; first += kBatch) {
+    const size_t last = std::min(first + kBatch, end);
+    for (size_t i = first; i < last; ++i) {
+      [[maybe_unused]] const volatile uint32_t version =
+          tensors[i].unsafeGetTensorImpl()->version_counter().current_version();
     }
-  });
+    for (size_t i = first; i < last; ++i) tensors[i].unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+// The share of a group's version counters that belongs to the part [begin, end) of its work.
+void bump_written(const Group& group, const Operation& operation, int64_t begin, int64_t end,
+                  int64_t total) {
+  using Kind = Operation::Kind;
+  const auto bump = [&](const Tensors& tensors) {
+    const auto size = static_cast<__int128>(tensors.size());  // times the cost: over 64 bits
+    bump_versions(tensors, static_cast<size_t>(size * begin / total),
+                  static_cast<size_t>(size * end / total));
+  };
+  const bool writes_first = operation.kind != Kind::kCopyToB;
+  const bool writes_second = operation.kind == Kind::kSwap || operation.kind == Kind::kCopyToB;
+  if (writes_first) bump(group.versions_a);
+  if (writes_second) bump(group.versions_b);
 }
 
 // Elements in a step of torch's vectorised CPU add over 2-byte dtypes: two AVX2 vectors, under
@@ -103,9 +116,13 @@ cpu::Work work_of(const Group& group, const Operation& operation) {
 void run_on_cpu(const Group& group, const Operation& operation) {
   const cpu::Work work = work_of(group, operation);
   const TileShape shape = tile_shape(group.pair);
-  at::parallel_for(
-      0, group.spans.cost_before.back(), cpu::kGrainCost,
-      [&](int64_t begin, int64_t end) { cpu::run_range(group.spans, shape, work, begin, end); });
+  const int64_t total = group.spans.cost_before.back();
+  // One parallel region: where another program holds a core, each region may wait for a time slice.
+  at::parallel_for(0, total, cpu::kGrainCost, [&](int64_t begin, int64_t end) {
+    // Before the work, which drives what the check has just read out of the caches.
+    bump_written(group, operation, begin, end, total);
+    cpu::run_range(group.spans, shape, work, begin, end);
+  });
 }
 
 #ifdef FUSED_EMA_WITH_CUDA
@@ -178,8 +195,13 @@ bool runs_parallel() {
 }
 
 Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
+  struct Members {
+    std::vector<Span> spans;
+    Tensors written_a;
+    Tensors written_b;
+  };
   Groups result;
-  std::vector<std::vector<Span>> spans;
+  std::vector<Members> members;
   std::optional<at::Device> last_device;
   bool last_served = false;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -196,20 +218,24 @@ Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
     const FoundPair found = *find_pair(a[i].scalar_type(), b[i].scalar_type(), s.either_order);
     Group& group = group_for(result.groups, device, found);
     ++group.num_pairs;
-    spans.resize(result.groups.size());
+    members.resize(result.groups.size());
     if (a[i].numel() == 0) continue;
     // The mutable pointer of a lazily copied tensor is its own memory, the const one may not be.
     Span span{s.writes_a ? a[i].mutable_data_ptr() : const_cast<void*>(a[i].const_data_ptr()),
               s.writes_b ? b[i].mutable_data_ptr() : const_cast<void*>(b[i].const_data_ptr()),
               a[i].numel()};
     if (found.flipped) std::swap(span.a, span.b);
-    spans[&group - result.groups.data()].push_back(span);
+    Members& own = members[&group - result.groups.data()];
+    own.spans.push_back(span);
+    if (s.writes_a) own.written_a.push_back(a[i]);
+    if (s.writes_b) own.written_b.push_back(b[i]);
   }
   for (size_t i = 0; i < result.groups.size(); ++i) {
-    result.groups[i].spans = cpu::make_span_table(std::move(spans[i]));
+    Group& group = result.groups[i];
+    group.spans = cpu::make_span_table(std::move(members[i].spans));
+    group.versions_a = version_holders(members[i].written_a);
+    group.versions_b = version_holders(members[i].written_b);
   }
-  if (s.writes_a) result.versions_a = version_holders(a);
-  if (s.writes_b) result.versions_b = version_holders(b);
   return result;
 }
 
@@ -250,6 +276,7 @@ void run(Groups& groups, const Operation& operation) {
 #ifdef FUSED_EMA_WITH_CUDA
     if (group.device.is_cuda()) {
       run_on_cuda(group, operation);
+      bump_written(group, operation, 0, 1, 1);
       continue;
     }
 #endif
@@ -265,10 +292,6 @@ void run(Groups& groups, const Operation& operation) {
     fallback::copy(a, b);
   } else if (operation.kind == Kind::kCopyToB) {
     fallback::copy(b, a);
-  }
-  if (operation.kind != Kind::kCopyToB) bump_versions(groups.versions_a);
-  if (operation.kind == Kind::kSwap || operation.kind == Kind::kCopyToB) {
-    bump_versions(groups.versions_b);
   }
 }
 

@@ -26,6 +26,10 @@ struct Group {
   bool flipped = false;   // the lists' first side is the pair's side b
   int64_t num_pairs = 0;  // with the empty ones, which have no span
   cpu::SpanTable spans;
+  // One tensor per version counter that a write to the lists' first or second side bumps; views of
+  // one base share theirs.
+  Tensors versions_a;
+  Tensors versions_b;
   // CUDA plans only: the tile table in device memory, and the stream it was made on.
   at::Tensor table;
   int64_t num_block_tiles = 0;
@@ -39,9 +43,6 @@ struct Groups {
   // Pairs without a kernel.
   Tensors fallback_a;
   Tensors fallback_b;
-  // One tensor per version counter: views of one base share theirs.
-  Tensors versions_a;
-  Tensors versions_b;
 };
 
 // Of lists that check_lists has passed.

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 namespace fused_ema {
 Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
@@ -68,13 +69,20 @@ bool Plan::is_stale() const {
   std::atomic<bool> stale{false};
   const auto size = static_cast<int64_t>(seen_.size());
   at::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
-    // Four cache misses a tensor after a training step, in two dependent rounds: fetched ahead.
-    constexpr int64_t kAhead = 16;
+    // Five cache and page misses a tensor after a training step, in two dependent rounds: fetched
+    // ahead they overlap.
+    constexpr int64_t kAhead = 32;
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) {
         const char* tensor = reinterpret_cast<const char*>(seen_[i + kAhead].tensor);
         for (int line = 0; line < 3; ++line) __builtin_prefetch(tensor + line * 64);
-        __builtin_prefetch(seen_[i + kAhead / 2].tensor->unsafe_storage().unsafeGetStorageImpl());
+        const c10::TensorImpl* nearer = seen_[i + kAhead / 2].tensor;
+        __builtin_prefetch(nearer->unsafe_storage().unsafeGetStorageImpl());
+        // The counter that the write will bump: VariableVersion is a pointer to it. Only a guess at
+        // an address, so nothing depends on that staying so.
+        const void* counter;
+        std::memcpy(&counter, &nearer->version_counter(), sizeof(counter));
+        __builtin_prefetch(counter, 1);
       }
       if (!is_unchanged(seen_[i])) {
         stale = true;

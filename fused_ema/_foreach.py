@@ -14,7 +14,8 @@ from torch import Tensor
 
 FORMS = ("lerp", "mul_add")
 
-_UPDATE_PAIRS = (
+# (ema, param), as csrc/dtype_pairs.h lists them.
+DTYPE_PAIRS: tuple[tuple[torch.dtype, torch.dtype], ...] = (
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
@@ -22,8 +23,8 @@ _UPDATE_PAIRS = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 )
-_EXCHANGE_PAIRS = _UPDATE_PAIRS + tuple((b, a) for a, b in _UPDATE_PAIRS if a != b)
-_PAIRS = {"update_": _UPDATE_PAIRS, "Plan": _UPDATE_PAIRS}
+_EXCHANGE_PAIRS = DTYPE_PAIRS + tuple((b, a) for a, b in DTYPE_PAIRS if a != b)
+_PAIRS = {"update_": DTYPE_PAIRS, "Plan": DTYPE_PAIRS}
 _SIDES = {"swap_": ("a", "b"), "copy_": ("dst", "src")}
 
 
@@ -79,7 +80,7 @@ def _check_pair(
             )
     pairs = _PAIRS.get(op, _EXCHANGE_PAIRS)
     if (a.dtype, b.dtype) not in pairs:
-        listed = ", ".join(f"{_short(x)}/{_short(y)}" for x, y in pairs)
+        listed = ", ".join(f"{dtype_name(x)}/{dtype_name(y)}" for x, y in pairs)
         raise TypeError(
             f"{title}: {where[0]} is {a.dtype} and {where[1]} is {b.dtype}; supported pairs: "
             f"{listed}. Convert one of them, or leave the pair out"
@@ -109,7 +110,8 @@ def _check_pair(
             )
 
 
-def _short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -294,8 +296,8 @@ class Plan:
             {
                 "backend": "foreach",
                 "device": str(emas[0].device),
-                "ema_dtype": _short(emas[0].dtype),
-                "param_dtype": _short(parts[0].dtype),
+                "ema_dtype": dtype_name(emas[0].dtype),
+                "param_dtype": dtype_name(parts[0].dtype),
                 "num_tensors": len(emas),
                 "num_elements": sum(e.numel() for e in emas),
             }

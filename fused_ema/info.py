@@ -6,18 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fused_ema import _native
+from fused_ema import _foreach, _native
 from fused_ema._version import __version__
-
-DTYPE_PAIRS = (
-    "float32/float32",
-    "float32/bfloat16",
-    "float32/float16",
-    "float64/float64",
-    "bfloat16/bfloat16",
-    "float16/float16",
-)
-"""The dtype pairs, ema first, that every backend serves."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +80,13 @@ def info() -> Info:
     """
     facts = _native.build_info()
     native = _native.C
+    pairs = ["/".join(map(_foreach.dtype_name, pair)) for pair in _foreach.DTYPE_PAIRS]
     backends, reasons = {}, {}
     for device in _devices():
         backend, reason = (
             ("foreach", _native.why_not) if native is None else native.service_of(device)
         )
-        backends[device] = dict.fromkeys(DTYPE_PAIRS, backend)
+        backends[device] = dict.fromkeys(pairs, backend)
         if reason:
             reasons[device] = reason
     return Info(

@@ -10,15 +10,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-DTYPE_PAIRS: tuple[tuple[torch.dtype, torch.dtype], ...] = (
-    (torch.float32, torch.float32),
-    (torch.float32, torch.bfloat16),
-    (torch.float32, torch.float16),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float16),
-)
-"""The supported (ema, param) dtypes."""
+from fused_ema._foreach import DTYPE_PAIRS
+
+__all__ = [
+    "DTYPE_PAIRS",
+    "EDGE_SIZES",
+    "LAYOUTS",
+    "ROUNDINGS",
+    "assert_bits_equal",
+    "bits_of",
+    "make_lists",
+    "random_values",
+    "reference_update",
+    "update_tolerance",
+]
 
 EDGE_SIZES: tuple[int, ...] = (
     *(0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257),

@@ -159,12 +159,14 @@ def test_providers_take_turns_and_walk_through_the_sets():
     calls = {
         name: [lambda name=name, s=s: log.append((name, s)) for s in range(4)] for name in "abc"
     }
-    timings = timer.interleave(calls, FakeClock(log), seconds=0, rounds=3)
-    warm_up, rounds = log[:6], log[6:]
-    assert [name for name, _ in warm_up] == list("aabbcc")
-    assert [name for name, _ in rounds] == list("abcbcacab")
-    assert [s for _, s in log] == [i % 4 for i in range(15)]
-    assert timings["b"] == timer.Timing(1e-3, 1e-3, 1e-3, 3)
+    timings = timer.interleave(calls, FakeClock(log), seconds=0, rounds=30)
+    order = "".join(name for name, _ in log)
+    assert order[:6] == "aabbcc"  # Warming up.
+    rounds = [order[i : i + 3] for i in range(6, len(order), 3)]
+    assert {"".join(sorted(round_)) for round_ in rounds} == {"abc"}
+    assert len(set(rounds)) == 6
+    assert [s for _, s in log] == [i % 4 for i in range(len(log))]
+    assert timings["b"] == timer.Timing(1e-3, 1e-3, 1e-3, 30)
 
 
 def test_no_time_still_gives_the_least_rounds():
