@@ -38,6 +38,9 @@ DEFAULT_SECONDS = 140.0
 _OVERRUN = 1.15  # No job starts later than this many times the seconds of the run.
 # A CPU moves about a hundredth of what a GPU does in the same time.
 DEFAULT_MAX_ELEMENTS = {"cpu": 2**26, "cuda": 2**30}
+# A thread that waits for its core holds up all others at the end of each op, and a loop has an op
+# a tensor. With one busy program on two cores foreach was seen 20 to 60 times slower.
+_OTHERS_SHARE = 0.05
 _MEMORY_SHARE = 0.6
 _RESERVED_BYTES = 2**30
 
@@ -419,10 +422,11 @@ def ops_main(argv: Sequence[str]) -> int:
     facts = report.environment(device)
     print(f"{facts['device_name']}, torch {torch.__version__}, {facts['num_threads']} threads")
     print(fused_ema.info(), flush=True)
-    if facts["load_average"] > 0.5 * facts["num_cpus"]:
-        print(f"warning: other programs are running here (load {facts['load_average']})")
+    start, others = time.perf_counter(), report.others_cpu_s()
     with torch.no_grad():
         outcome = run(plan_jobs(args.cases, args.ops, args.dtypes), settings)
+    cpu_s = (time.perf_counter() - start) * facts["num_cpus"]
+    facts["others_cpu_share"] = round(max(0.0, report.others_cpu_s() - others) / cpu_s, 3)
 
     for table in [*report.tables(outcome.records), report.summary(outcome.records)]:
         report.show(table)
@@ -433,6 +437,11 @@ def ops_main(argv: Sequence[str]) -> int:
         print(f"wrote {args.json}")
     if args.plot:
         print(f"wrote {', '.join(map(str, report.plot(outcome.records, args.plot)))}")
+    if facts["others_cpu_share"] > _OTHERS_SHARE:
+        print(
+            f"warning: other programs took {facts['others_cpu_share']:.0%} of the processors; "
+            "loops over many tensors then look far slower than they are: run it again"
+        )
     for line in outcome.failures:
         print(f"FAILED: {line}", file=sys.stderr)
     return 1 if outcome.failures else 0

@@ -16,19 +16,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fused_ema
+from fused_ema import testing
 
 Op = Literal["update", "swap", "copy"]
 Call = Callable[[], object]
 
 OPS: tuple[Op, ...] = ("update", "swap", "copy")
-DTYPE_PAIRS = (
-    "float32/float32",
-    "float32/bfloat16",
-    "float32/float16",
-    "bfloat16/bfloat16",
-    "float16/float16",
-    "float64/float64",
-)
+DTYPE_PAIRS = tuple("/".join(str(d).removeprefix("torch.") for d in p) for p in testing.DTYPE_PAIRS)
 PLAN = "fused_ema plan"
 OWN_COPY = "own copy"
 

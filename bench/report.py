@@ -112,7 +112,9 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device_name": device_name(device),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),  # Above 0.5 others work on this machine too.
+        # torch's own switch. With 4 KB pages the same call on two tensors of one size may differ by
+        # a tenth or two, by where they lie; so may a provider and a limit on its flat pair.
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch_version": torch.__version__,
@@ -127,6 +129,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts["multiprocessors"] = properties.multi_processor_count
         facts["capability"] = f"{properties.major}.{properties.minor}"
     return facts
+
+
+def others_cpu_s() -> float:
+    """CPU seconds since boot that went to anything but this process; 0 where Linux can't tell."""
+    try:
+        first = Path("/proc/stat").read_text().split("\n", 1)[0]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, first.split()[1:9])
+    busy = user + nice + system + irq + softirq + steal
+    return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def write_json(

@@ -108,8 +108,12 @@ cpu::Work work_of(const Group& group, const Operation& operation) {
     }
     case Kind::kSwap:
       return {cpu::swap_kernel(group.pair)};
-    default:
-      return {cpu::copy_kernel(group.pair, (operation.kind == Kind::kCopyToA) != group.flipped)};
+    default: {
+      const bool to_a = (operation.kind == Kind::kCopyToA) != group.flipped;
+      const PairDtypes dtypes = dtypes_of(group.pair);
+      const int64_t bytes = group.spans.num_elements * size_of(to_a ? dtypes.a : dtypes.b);
+      return {cpu::copy_kernel(group.pair, to_a, bytes >= cpu::kStreamingBytes)};
+    }
   }
 }
 

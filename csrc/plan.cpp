@@ -108,10 +108,12 @@ void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB});
 std::vector<Plan::GroupFacts> Plan::describe() const {
   std::vector<GroupFacts> facts;
   for (const Group& group : groups_.groups) {
-    GroupFacts fact{service_of(group.device).backend,      group.device.str(),
-                    dtype_name(dtypes_of(group.pair).a),   dtype_name(dtypes_of(group.pair).b),
-                    static_cast<int64_t>(group.num_pairs), 0};
-    for (const Span& span : group.spans.spans) fact.num_elements += span.n;
+    GroupFacts fact{service_of(group.device).backend,
+                    group.device.str(),
+                    dtype_name(dtypes_of(group.pair).a),
+                    dtype_name(dtypes_of(group.pair).b),
+                    group.num_pairs,
+                    group.spans.num_elements};
     facts.push_back(std::move(fact));
   }
   // One entry per device and dtype pair of what torch serves, in order of first appearance.

@@ -237,6 +237,7 @@ def test_run_succeeds_and_describes_itself(whole_run):
     assert status == 0
     assert content["schema"] == 1
     assert content["environment"]["torch_version"] == torch.__version__
+    assert 0 <= content["environment"]["others_cpu_share"] <= 1
     for package in ("timm", "diffusers"):
         if not any(r["provider"].startswith(package) for r in content["records"]):
             assert any(line.startswith(package) for line in content["left_out"])
@@ -370,6 +371,14 @@ def test_case_that_memory_cannot_hold_is_left_out_by_name(capsys):
 
 
 # ---- report
+
+
+def test_cpu_time_of_others_is_all_but_idle_and_our_own(monkeypatch):
+    stat = "cpu  1000 10 500 90000 70 5 5 100 0 0\ncpu0 1 2 3\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: stat)
+    monkeypatch.setattr(report.os, "sysconf", lambda name: 100)
+    monkeypatch.setattr(report.os, "times", lambda: (2.0, 1.0, 0.5, 0.25, 99.0))
+    assert report.others_cpu_s() == pytest.approx(16.2 - 3.75)
 
 
 def test_plain_table():

@@ -186,6 +186,27 @@ def test_swap_and_copy_in_every_layout(device, pair, layout):
         assert_bits_equal(p, p0, "the param after copy_to_ema")
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "each misaligned", "param misaligned"])
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=str)
+def test_copies_larger_than_the_caches(pair, layout):
+    # From 64 MB on (kStreamingBytes) the CPU kernels write past the caches, in aligned vectors.
+    ema, params = make_lists((1, 2, 3, 17, 63, 1001), pair, layout)
+    make_ema, make_param = LAYOUTS[layout]
+    large = torch.arange(2**26 // min(pair[0].itemsize, pair[1].itemsize), dtype=torch.float32)
+    ema.append(make_ema(large.to(pair[0])))
+    params.append(make_param(large.neg().to(pair[1])))
+    wanted = [p.to(e.dtype) for e, p in zip(ema, params, strict=True)]
+    plan = fused_ema.Plan(ema, params)
+    plan.copy_to_ema()
+    for e, want in zip(ema, wanted, strict=True):
+        assert_bits_equal(e, want)
+    for e in ema:
+        e.add_(1.7)
+    plan.copy_to_params()
+    for e, p in zip(ema, params, strict=True):
+        assert_bits_equal(p, e.to(p.dtype))
+
+
 @pytest.mark.parametrize("wide_first", [True, False])
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
 def test_swap_and_copy_take_either_order(backend, device, narrow, wide_first):

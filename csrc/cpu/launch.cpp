@@ -13,7 +13,7 @@ struct InstructionSet {
   SpanKernel (*update)(DtypePair, Form);
   SpanKernel (*one_at_a_time)(DtypePair);
   SpanKernel (*swap)(DtypePair);
-  SpanKernel (*copy)(DtypePair, bool);
+  SpanKernel (*copy)(DtypePair, bool, bool);
 };
 
 constexpr InstructionSet kInstructionSets[] = {
@@ -89,12 +89,14 @@ void run_as_torch(const Work& work, const Span& span, const TileShape& shape, in
 }  // namespace
 
 SpanTable make_span_table(std::vector<Span> spans) {
-  SpanTable table{std::move(spans), {}};
+  SpanTable table;
+  table.spans = std::move(spans);
   table.cost_before.reserve(table.spans.size() + 1);
   int64_t total = 0;
   for (const Span& span : table.spans) {
     table.cost_before.push_back(total);
     total += span.n + kSpanCost;
+    table.num_elements += span.n;
   }
   table.cost_before.push_back(total);
   return table;
@@ -115,7 +117,9 @@ bool set_instruction_set(const char* name) {
 SpanKernel update_kernel(DtypePair pair, Form form) { return chosen().load()->update(pair, form); }
 SpanKernel one_at_a_time_kernel(DtypePair pair) { return chosen().load()->one_at_a_time(pair); }
 SpanKernel swap_kernel(DtypePair pair) { return chosen().load()->swap(pair); }
-SpanKernel copy_kernel(DtypePair pair, bool to_a) { return chosen().load()->copy(pair, to_a); }
+SpanKernel copy_kernel(DtypePair pair, bool to_a, bool streaming) {
+  return chosen().load()->copy(pair, to_a, streaming);
+}
 
 void run_range(const SpanTable& table, const TileShape& shape, const Work& work, int64_t begin,
                int64_t end) {

@@ -14,6 +14,7 @@ namespace fused_ema::cpu {
 struct SpanTable {
   std::vector<Span> spans;
   std::vector<int64_t> cost_before;  // one more than spans: the last is the total
+  int64_t num_elements = 0;
 };
 SpanTable make_span_table(std::vector<Span> spans);
 
@@ -25,7 +26,10 @@ bool set_instruction_set(const char* name);
 SpanKernel update_kernel(DtypePair pair, Form form);
 SpanKernel one_at_a_time_kernel(DtypePair pair);
 SpanKernel swap_kernel(DtypePair pair);
-SpanKernel copy_kernel(DtypePair pair, bool to_a);
+// streaming: past the caches, for destinations larger than those of the cores at work. A constant,
+// since a virtual machine may report its host's caches.
+constexpr int64_t kStreamingBytes = int64_t{64} << 20;
+SpanKernel copy_kernel(DtypePair pair, bool to_a, bool streaming);
 
 // How torch's own loop over one tensor is cut: between threads from more than 32,768 elements on
 // (at::internal::GRAIN_SIZE), and each thread's part into steps of two vectors. What is left of a

@@ -64,6 +64,16 @@ FUSED_EMA_INLINE void store_vec(Half* p, F32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// Past the caches, to an address aligned to what is written.
+FUSED_EMA_INLINE void stream_vec(float* p, F32 x) { _mm512_stream_ps(p, x.v); }
+FUSED_EMA_INLINE void stream_vec(BFloat16* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+FUSED_EMA_INLINE void stream_vec(Half* p, F32 x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FUSED_EMA_INLINE void end_of_stream() { _mm_sfence(); }
 // Through a narrower dtype and back.
 FUSED_EMA_INLINE F32 rounded_to(BFloat16, F32 x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16_bits(x)), 16));
@@ -122,6 +132,15 @@ FUSED_EMA_INLINE void store_vec(Half* p, F32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+FUSED_EMA_INLINE void stream_vec(float* p, F32 x) { _mm256_stream_ps(p, x.v); }
+FUSED_EMA_INLINE void stream_vec(BFloat16* p, F32 x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bfloat16_bits(x));
+}
+FUSED_EMA_INLINE void stream_vec(Half* p, F32 x) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+FUSED_EMA_INLINE void end_of_stream() { _mm_sfence(); }
 FUSED_EMA_INLINE F32 rounded_to(BFloat16, F32 x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bfloat16_bits(x)), 16));
 }
@@ -161,6 +180,11 @@ template <typename T>
 FUSED_EMA_INLINE void store_vec(T* p, F32 x) {
   *p = Stored<T>::from(x.v);
 }
+template <typename T>
+FUSED_EMA_INLINE void stream_vec(T* p, F32 x) {
+  store_vec(p, x);
+}
+FUSED_EMA_INLINE void end_of_stream() {}
 template <typename T>
 FUSED_EMA_INLINE F32 rounded_to(T, F32 x) {
   return F32(load(Stored<T>::from(x.v)));

@@ -1,4 +1,5 @@
 // Exchanges the two sides, through registers: no temporary memory.
+#include <cstring>
 #include <type_traits>
 
 #include "loop.h"
@@ -17,9 +18,15 @@ struct Swap {
     store_vec(b, x);
   }
   FUSED_EMA_INLINE void scalar(A* a, B* b) const {
-    const A kept = *a;
-    *a = Converted<A, B>::from(*b);
-    *b = Converted<B, A>::from(kept);
+    // By memcpy: words of 2-byte elements may be misaligned.
+    A x;
+    B y;
+    std::memcpy(&x, a, sizeof(A));
+    std::memcpy(&y, b, sizeof(B));
+    const A new_a = Converted<A, B>::from(y);
+    const B new_b = Converted<B, A>::from(x);
+    std::memcpy(a, &new_a, sizeof(A));
+    std::memcpy(b, &new_b, sizeof(B));
   }
 };
 
