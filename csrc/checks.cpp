@@ -152,14 +152,18 @@ void check_overlap(const Signature& s, const Tensors& a, const Tensors& b,
     }
   };
   add(a, false, s.writes_a);
+  const auto num_a = static_cast<std::ptrdiff_t>(ranges.size());
   add(b, true, s.writes_b);
+  // Allocations often come in order of address: each list is sorted only if it has to be.
   const auto before = [](const Range& x, const Range& y) {
     return x.begin != y.begin ? x.begin < y.begin : x.written > y.written;
   };
-  // Allocations often come in order of address.
-  if (!std::is_sorted(ranges.begin(), ranges.end(), before)) {
-    std::sort(ranges.begin(), ranges.end(), before);
-  }
+  const auto sort = [&](auto first, auto last) {
+    if (!std::is_sorted(first, last, before)) std::sort(first, last, before);
+  };
+  sort(ranges.begin(), ranges.begin() + num_a);
+  sort(ranges.begin() + num_a, ranges.end());
+  std::inplace_merge(ranges.begin(), ranges.begin() + num_a, ranges.end(), before);
   const Range* last_read = nullptr;
   const Range* last_written = nullptr;
   for (const Range& range : ranges) {

@@ -38,33 +38,30 @@ Group& group_for(std::vector<Group>& groups, at::Device device, FoundPair found)
   return group;
 }
 
-// Views share the version counter of their base, so one bump serves them all.
-Tensors version_holders(const Tensors& tensors) {
-  Tensors holders;
-  holders.reserve(tensors.size());
-  std::unordered_set<const void*> seen;
-  for (const at::Tensor& tensor : tensors) {
-    if (tensor.is_inference()) continue;  // has no version counter
-    if (!tensor.is_view()) {
-      holders.push_back(tensor);
-    } else if (seen.insert(tensor._base().unsafeGetTensorImpl()).second) {
-      holders.push_back(tensor);
-    }
-  }
-  return holders;
+using Versions = std::vector<c10::TensorImpl*>;
+
+// Adds the tensor, unless it is a view of a base that is in already: views share a counter.
+void add_version(Versions& versions, std::unordered_set<const void*>& bases,
+                 const at::Tensor& tensor) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (impl->is_inference()) return;  // has no version counter
+  // Asked first, since is_view is a call into autograd, and plain tensors have none.
+  const bool is_view = impl->autograd_meta() != nullptr && tensor.is_view();
+  if (is_view && !bases.insert(tensor._base().unsafeGetTensorImpl()).second) return;
+  versions.push_back(impl);
 }
 
 // A bump is a locked instruction, which waits for its own cache miss alone. Reading a batch first
 // lets the misses overlap.
-void bump_versions(const Tensors& tensors, size_t begin, size_t end) {
+void bump_versions(const Versions& tensors, size_t begin, size_t end) {
   constexpr size_t kBatch = 32;
   for (size_t first = begin; first < end; first += kBatch) {
     const size_t last = std::min(first + kBatch, end);
     for (size_t i = first; i < last; ++i) {
       [[maybe_unused]] const volatile uint32_t version =
-          tensors[i].unsafeGetTensorImpl()->version_counter().current_version();
+          tensors[i]->version_counter().current_version();
     }
-    for (size_t i = first; i < last; ++i) tensors[i].unsafeGetTensorImpl()->bump_version();
+    for (size_t i = first; i < last; ++i) tensors[i]->bump_version();
   }
 }
 
@@ -72,7 +69,7 @@ void bump_versions(const Tensors& tensors, size_t begin, size_t end) {
 void bump_written(const Group& group, const Operation& operation, int64_t begin, int64_t end,
                   int64_t total) {
   using Kind = Operation::Kind;
-  const auto bump = [&](const Tensors& tensors) {
+  const auto bump = [&](const Versions& tensors) {
     const auto size = static_cast<__int128>(tensors.size());  // times the cost: over 64 bits
     bump_versions(tensors, static_cast<size_t>(size * begin / total),
                   static_cast<size_t>(size * end / total));
@@ -199,13 +196,9 @@ bool runs_parallel() {
 }
 
 Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
-  struct Members {
-    std::vector<Span> spans;
-    Tensors written_a;
-    Tensors written_b;
-  };
   Groups result;
-  std::vector<Members> members;
+  std::vector<std::vector<Span>> spans;
+  std::unordered_set<const void*> bases;
   std::optional<at::Device> last_device;
   bool last_served = false;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -222,23 +215,19 @@ Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
     const FoundPair found = *find_pair(a[i].scalar_type(), b[i].scalar_type(), s.either_order);
     Group& group = group_for(result.groups, device, found);
     ++group.num_pairs;
-    members.resize(result.groups.size());
+    spans.resize(result.groups.size());
     if (a[i].numel() == 0) continue;
     // The mutable pointer of a lazily copied tensor is its own memory, the const one may not be.
     Span span{s.writes_a ? a[i].mutable_data_ptr() : const_cast<void*>(a[i].const_data_ptr()),
               s.writes_b ? b[i].mutable_data_ptr() : const_cast<void*>(b[i].const_data_ptr()),
               a[i].numel()};
     if (found.flipped) std::swap(span.a, span.b);
-    Members& own = members[&group - result.groups.data()];
-    own.spans.push_back(span);
-    if (s.writes_a) own.written_a.push_back(a[i]);
-    if (s.writes_b) own.written_b.push_back(b[i]);
+    spans[&group - result.groups.data()].push_back(span);
+    if (s.writes_a) add_version(group.versions_a, bases, a[i]);
+    if (s.writes_b) add_version(group.versions_b, bases, b[i]);
   }
   for (size_t i = 0; i < result.groups.size(); ++i) {
-    Group& group = result.groups[i];
-    group.spans = cpu::make_span_table(std::move(members[i].spans));
-    group.versions_a = version_holders(members[i].written_a);
-    group.versions_b = version_holders(members[i].written_b);
+    result.groups[i].spans = cpu::make_span_table(std::move(spans[i]));
   }
   return result;
 }

@@ -27,9 +27,9 @@ struct Group {
   int64_t num_pairs = 0;  // with the empty ones, which have no span
   cpu::SpanTable spans;
   // One tensor per version counter that a write to the lists' first or second side bumps; views of
-  // one base share theirs.
-  Tensors versions_a;
-  Tensors versions_b;
+  // one base share theirs. The lists keep them alive.
+  std::vector<c10::TensorImpl*> versions_a;
+  std::vector<c10::TensorImpl*> versions_b;
   // CUDA plans only: the tile table in device memory, and the stream it was made on.
   at::Tensor table;
   int64_t num_block_tiles = 0;
