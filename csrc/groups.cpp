@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <unordered_set>
 
 #include "fallback.h"
 #ifdef FUSED_EMA_WITH_CUDA
@@ -40,14 +39,12 @@ Group& group_for(std::vector<Group>& groups, at::Device device, FoundPair found)
 
 using Versions = std::vector<c10::TensorImpl*>;
 
-// Adds the tensor, unless it is a view of a base that is in already: views share a counter.
-void add_version(Versions& versions, std::unordered_set<const void*>& bases,
-                 const at::Tensor& tensor) {
+void add_version(Versions& versions, const at::Tensor& tensor) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   if (impl->is_inference()) return;  // has no version counter
-  // Asked first, since is_view is a call into autograd, and plain tensors have none.
-  const bool is_view = impl->autograd_meta() != nullptr && tensor.is_view();
-  if (is_view && !bases.insert(tensor._base().unsafeGetTensorImpl()).second) return;
+  // Views of one flat tensor, which is how emas are best kept, stand side by side.
+  if (!versions.empty() && version_counter_of(*versions.back()) == version_counter_of(*impl))
+    return;
   versions.push_back(impl);
 }
 
@@ -198,7 +195,6 @@ bool runs_parallel() {
 Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
   Groups result;
   std::vector<std::vector<Span>> spans;
-  std::unordered_set<const void*> bases;
   std::optional<at::Device> last_device;
   bool last_served = false;
   for (size_t i = 0; i < a.size(); ++i) {
@@ -223,8 +219,8 @@ Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
               a[i].numel()};
     if (found.flipped) std::swap(span.a, span.b);
     spans[&group - result.groups.data()].push_back(span);
-    if (s.writes_a) add_version(group.versions_a, bases, a[i]);
-    if (s.writes_b) add_version(group.versions_b, bases, b[i]);
+    if (s.writes_a) add_version(group.versions_a, a[i]);
+    if (s.writes_b) add_version(group.versions_b, b[i]);
   }
   for (size_t i = 0; i < result.groups.size(); ++i) {
     result.groups[i].spans = cpu::make_span_table(std::move(spans[i]));

@@ -2,6 +2,7 @@
 // one-shot calls make them, run them and drop them.
 #pragma once
 
+#include <cstring>
 #include <optional>
 
 #include "checks.h"
@@ -19,6 +20,14 @@ struct Operation {
   std::optional<at::Tensor> device_momentum = std::nullopt;
 };
 
+// Which counter a write to the tensor bumps: views share that of their base.
+inline const void* version_counter_of(const c10::TensorImpl& tensor) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*), "VariableVersion is one pointer");
+  const void* counter;
+  std::memcpy(&counter, &tensor.version_counter(), sizeof(counter));
+  return counter;
+}
+
 // All pairs of one device and one dtype pair: one launch.
 struct Group {
   at::Device device = at::kCPU;
@@ -26,8 +35,8 @@ struct Group {
   bool flipped = false;   // the lists' first side is the pair's side b
   int64_t num_pairs = 0;  // with the empty ones, which have no span
   cpu::SpanTable spans;
-  // One tensor per version counter that a write to the lists' first or second side bumps; views of
-  // one base share theirs. The lists keep them alive.
+  // The tensors whose version counters a write to the lists' first or second side bumps: one of
+  // several neighbours that share a counter. The lists keep them alive.
   std::vector<c10::TensorImpl*> versions_a;
   std::vector<c10::TensorImpl*> versions_b;
   // CUDA plans only: the tile table in device memory, and the stream it was made on.

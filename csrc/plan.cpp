@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 namespace fused_ema {
 Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
@@ -78,11 +77,7 @@ bool Plan::is_stale() const {
         for (int line = 0; line < 3; ++line) __builtin_prefetch(tensor + line * 64);
         const c10::TensorImpl* nearer = seen_[i + kAhead / 2].tensor;
         __builtin_prefetch(nearer->unsafe_storage().unsafeGetStorageImpl());
-        // The counter that the write will bump: VariableVersion is a pointer to it. Only a guess at
-        // an address, so nothing depends on that staying so.
-        const void* counter;
-        std::memcpy(&counter, &nearer->version_counter(), sizeof(counter));
-        __builtin_prefetch(counter, 1);
+        __builtin_prefetch(version_counter_of(*nearer), 1);  // the write will bump it
       }
       if (!is_unchanged(seen_[i])) {
         stale = true;
