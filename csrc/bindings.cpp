@@ -22,9 +22,7 @@ constexpr Py_ssize_t kAhead = 16;
 void prefetch(PyObject** items) {
   __builtin_prefetch(items[kAhead]);
   if (PyObject* object = items[kAhead / 2]; THPVariable_Check(object)) {
-    const auto* tensor =
-        reinterpret_cast<const char*>(THPVariable_Unpack(object).unsafeGetTensorImpl());
-    for (int line = 0; line < 3; ++line) __builtin_prefetch(tensor + line * 64, 1);
+    prefetch_tensor(THPVariable_Unpack(object).unsafeGetTensorImpl());
   }
 }
 

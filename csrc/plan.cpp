@@ -73,10 +73,9 @@ bool Plan::is_stale() const {
     constexpr int64_t kAhead = 32;
     for (int64_t i = begin; i < end; ++i) {
       if (i + kAhead < end) {
-        const char* tensor = reinterpret_cast<const char*>(seen_[i + kAhead].tensor);
-        for (int line = 0; line < 3; ++line) __builtin_prefetch(tensor + line * 64);
+        prefetch_tensor(seen_[i + kAhead].tensor);
         const c10::TensorImpl* nearer = seen_[i + kAhead / 2].tensor;
-        __builtin_prefetch(nearer->unsafe_storage().unsafeGetStorageImpl());
+        prefetch_storage(nearer->unsafe_storage().unsafeGetStorageImpl());
         __builtin_prefetch(version_counter_of(*nearer), 1);  // the write will bump it
       }
       if (!is_unchanged(seen_[i])) {
