@@ -155,7 +155,9 @@ void check_overlap(const Signature& s, const Tensors& a, const Tensors& b,
   const auto num_a = static_cast<std::ptrdiff_t>(ranges.size());
   add(b, true, s.writes_b);
   // Allocations often come in order of address: each list is sorted only if it has to be.
+  // By device first: the walk below remembers the last ranges of one device at a time.
   const auto before = [](const Range& x, const Range& y) {
+    if (x.device != y.device) return x.device < y.device;
     return x.begin != y.begin ? x.begin < y.begin : x.written > y.written;
   };
   const auto sort = [&](auto first, auto last) {

@@ -7,6 +7,7 @@
 #include <atomic>
 
 namespace fused_ema {
+
 Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
     : ema_(std::move(ema)), params_(std::move(params)), names_(std::move(names)) {
   refresh();
@@ -102,13 +103,9 @@ void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB});
 std::vector<Plan::GroupFacts> Plan::describe() const {
   std::vector<GroupFacts> facts;
   for (const Group& group : groups_.groups) {
-    GroupFacts fact{service_of(group.device).backend,
-                    group.device.str(),
-                    dtype_name(dtypes_of(group.pair).a),
-                    dtype_name(dtypes_of(group.pair).b),
-                    group.num_pairs,
-                    group.spans.num_elements};
-    facts.push_back(std::move(fact));
+    facts.push_back({service_of(group.device).backend, group.device.str(),
+                     dtype_name(dtypes_of(group.pair).a), dtype_name(dtypes_of(group.pair).b),
+                     group.num_pairs, group.spans.num_elements});
   }
   // One entry per device and dtype pair of what torch serves, in order of first appearance.
   const size_t first_fallback = facts.size();
