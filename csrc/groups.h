@@ -32,11 +32,11 @@ inline const void* version_counter_of(const c10::TensorImpl& tensor) {
 // bytes, so a part may lie in the line after the one that its offset suggests.
 inline void prefetch_tensor(const c10::TensorImpl* tensor) {
   const char* bytes = reinterpret_cast<const char*>(tensor);
-  for (int offset : {16, 64, 112, 172}) __builtin_prefetch(bytes + offset);
+  for (int offset : {16, 40, 144, 172}) __builtin_prefetch(bytes + offset, 0, 2);
 }
 inline void prefetch_storage(const c10::StorageImpl* storage) {
   const char* bytes = reinterpret_cast<const char*>(storage);
-  for (int offset : {16, 40}) __builtin_prefetch(bytes + offset);
+  for (int offset : {16, 61}) __builtin_prefetch(bytes + offset, 0, 2);
 }
 
 // All pairs of one device and one dtype pair: one launch.

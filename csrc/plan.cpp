@@ -42,8 +42,9 @@ void Plan::refresh() {
     if (!has_plain_memory(ema_[i], params_[i])) continue;
     for (const at::Tensor* tensor : {&ema_[i], &params_[i]}) {
       seen_.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(), tensor->numel(),
-                           tensor->scalar_type(), static_cast<uint32_t>(tensor->dim()),
-                           geometry_.size()});
+                           tensor->scalar_type(), tensor->is_contiguous(),
+                           static_cast<uint32_t>(tensor->dim()), geometry_.size()});
+      if (tensor->is_contiguous()) continue;
       geometry_.insert(geometry_.end(), tensor->sizes().begin(), tensor->sizes().end());
       geometry_.insert(geometry_.end(), tensor->strides().begin(), tensor->strides().end());
     }
@@ -53,10 +54,16 @@ void Plan::refresh() {
 
 bool Plan::is_unchanged(const Seen& seen) const {
   const c10::TensorImpl& tensor = *seen.tensor;
-  if (tensor.numel() != seen.numel || tensor.data() != seen.data) return false;
+  const c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  if (storage == nullptr || tensor.numel() != seen.numel) return false;
   if (tensor.dtype() != c10::scalarTypeToTypeMeta(seen.dtype)) return false;
+  const at::DataPtr& memory = storage->data_ptr();
+  if (static_cast<const char*>(memory.get()) + tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize()) != seen.data) return false;
   // A lazy copy was taken meanwhile: a write would reach it. Making the plan anew parts the two.
-  if (tensor.unsafe_storage().data_ptr().get_deleter() == c10::impl::cow::cow_deleter) return false;
+  if (memory.get_deleter() == c10::impl::cow::cow_deleter) return false;
+  // As many elements, contiguous: the same ones in the same order, whatever their shape. The flag
+  // lies beside the number; sizes and strides would be one or two cache misses more.
+  if (seen.is_contiguous) return tensor.is_contiguous();
   // The same memory under other strides, as p.data = p.data.t() makes it, pairs other elements.
   const c10::IntArrayRef sizes = tensor.sizes();
   const c10::IntArrayRef strides = tensor.strides();
@@ -77,7 +84,7 @@ bool Plan::is_stale() const {
         prefetch_tensor(seen_[i + kAhead].tensor);
         const c10::TensorImpl* nearer = seen_[i + kAhead / 2].tensor;
         prefetch_storage(nearer->unsafe_storage().unsafeGetStorageImpl());
-        __builtin_prefetch(version_counter_of(*nearer), 1);  // the write will bump it
+        __builtin_prefetch(version_counter_of(*nearer), 0, 2);  // the write will bump it
       }
       if (!is_unchanged(seen_[i])) {
         stale = true;

@@ -38,6 +38,7 @@ class Plan {
     const void* data;
     int64_t numel;
     at::ScalarType dtype;
+    bool is_contiguous;
     uint32_t num_dims;
     size_t geometry;  // where its sizes and strides begin in geometry_
   };

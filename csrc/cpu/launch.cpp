@@ -50,14 +50,14 @@ constexpr int64_t kSpanCost = 128;
 
 // Spans ahead whose first lines are fetched while this one runs. Small tensors are too short for
 // the hardware's prefetchers to start.
-constexpr size_t kSpansAhead = 6;
+constexpr size_t kSpansAhead = 12;
 constexpr int64_t kPrefetchBytes = 512;
 
 void prefetch(const Span& span, const TileShape& shape) {
   const int64_t a_bytes = std::min(span.n * shape.size_a, kPrefetchBytes);
   const int64_t b_bytes = std::min(span.n * shape.size_b, kPrefetchBytes);
-  for (int64_t i = 0; i < a_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.a) + i, 1);
-  for (int64_t i = 0; i < b_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.b) + i, 0);
+  for (int64_t i = 0; i < a_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.a) + i, 0, 2);
+  for (int64_t i = 0; i < b_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.b) + i, 0, 2);
 }
 
 // Elements [first, last) of a span, each with the arithmetic that torch's loop would give it.
