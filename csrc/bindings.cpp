@@ -7,6 +7,7 @@
 #include "cpu/launch.h"
 #include "ops.h"
 #include "plan.h"
+#include "records.h"
 #ifdef FUSED_EMA_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -18,11 +19,12 @@ namespace {
 
 // The objects of a long list are cold, and each leads to the next: the Python object, then the
 // tensor. Fetched at two distances ahead their misses overlap.
-constexpr Py_ssize_t kAhead = 16;
-void prefetch(PyObject** items) {
-  __builtin_prefetch(items[kAhead]);
-  if (PyObject* object = items[kAhead / 2]; THPVariable_Check(object)) {
-    prefetch_tensor(THPVariable_Unpack(object).unsafeGetTensorImpl());
+void prefetch_tensors(PyObject** items) {
+  const auto* object = reinterpret_cast<const char*>(items[kTensorsAhead]);
+  prefetch(object + offsetof(PyObject, ob_type));
+  prefetch(object + offsetof(THPVariable, cdata));
+  if (PyObject* nearer = items[kTensorsAhead / 2]; THPVariable_Check(nearer)) {
+    prefetch(THPVariable_Unpack(nearer).unsafeGetTensorImpl());
   }
 }
 
@@ -37,7 +39,7 @@ Tensors unpack(const char* op, const char* side, PyObject* list) {
   Tensors tensors;
   tensors.reserve(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    if (i + kAhead < size) prefetch(items + i);
+    if (i + kTensorsAhead < size) prefetch_tensors(items + i);
     if (!THPVariable_Check(items[i])) {
       throw py::type_error(std::string("fused_ema.") + op + ": " + side + "[" + std::to_string(i) +
                            "] is a " + Py_TYPE(items[i])->tp_name + "; pass tensors only");

@@ -1,9 +1,12 @@
 #include "checks.h"
 
+#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <charconv>
+
+#include "records.h"
 
 namespace fused_ema {
 namespace {
@@ -70,6 +73,9 @@ bool is_expanded(const at::Tensor& tensor) {
   return false;
 }
 
+// Shorter lists take one thread: starting another takes longer than the look.
+constexpr size_t kParallelPairs = 512;
+
 // Wrappers and lazy views have no memory of their own to work on.
 bool is_plain(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet kNotPlain{
@@ -80,11 +86,16 @@ bool is_plain(const at::Tensor& tensor) {
   return !tensor.key_set().has_any(kNotPlain);
 }
 
-bool has_data(const at::Tensor& tensor) {
-  return tensor.numel() > 0 && is_plain(tensor) && tensor.has_storage() && !tensor.is_meta();
+// Whether equal elements of two dense tensors of one shape lie equally far from their beginnings.
+bool have_equal_strides(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.stride(d) != b.stride(d) && a.size(d) > 1) return false;
+  }
+  return true;
 }
 
-// The outcome of the whole check on one pair that the fast test below could not clear.
+// The outcome of the whole check on one pair that look() could not clear.
 void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
                 const std::string& at_a, const std::string& at_b) {
   const auto check_layout = [&](const at::Tensor& tensor, const std::string& at) {
@@ -118,12 +129,36 @@ void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
   if (s.writes_b) check_written(b, at_b);
 }
 
-// What check_pair would let pass, for the usual case, without building the texts.
-bool is_usual(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
-  return a.layout() == at::kStrided && b.layout() == at::kStrided &&
-         find_pair(a.scalar_type(), b.scalar_type(), s.either_order).has_value() &&
-         a.sizes() == b.sizes() && a.device() == b.device() && a.is_non_overlapping_and_dense() &&
-         b.is_non_overlapping_and_dense() && !a.is_inference() && !b.is_inference();
+// Reads a pair. May run beside other threads, so it calls nothing that may need Python.
+CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
+  CheckedPair pair;
+  pair.device = a.device();
+  if (!is_plain(a) || !is_plain(b)) return pair;
+  if (a.layout() != at::kStrided || b.layout() != at::kStrided) return pair;
+  pair.numel = a.numel();
+  bool has_memory = true;
+  for (int side : {0, 1}) {
+    const at::Tensor& tensor = side == 0 ? a : b;
+    const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    pair.is_dense[side] = tensor.is_non_overlapping_and_dense();
+    if (!tensor.is_inference()) pair.versions[side] = version_counter_of(impl);
+    if (!tensor.has_storage()) {
+      has_memory = false;
+    } else if (tensor.numel() > 0 && !tensor.is_meta()) {
+      pair.data[side] = tensor.const_data_ptr();
+      pair.is_lazy[side] = is_lazy_copy(*storage_of(impl));
+      has_memory &= reinterpret_cast<uintptr_t>(pair.data[side]) % tensor.itemsize() == 0;
+    }
+  }
+  const std::optional<FoundPair> found =
+      find_pair(a.scalar_type(), b.scalar_type(), s.either_order);
+  if (!found || a.sizes() != b.sizes() || a.device() != b.device()) return pair;
+  pair.pair = found->pair;
+  pair.flipped = found->flipped;
+  const bool is_dense = pair.is_dense[0] && pair.is_dense[1];
+  pair.is_usual = is_dense && !a.is_inference() && !b.is_inference();
+  pair.has_plain_memory = has_memory && is_dense && have_equal_strides(a, b);
+  return pair;
 }
 
 struct Range {
@@ -135,40 +170,45 @@ struct Range {
   int16_t device;
 };
 
-void check_overlap(const Signature& s, const Tensors& a, const Tensors& b,
-                   const std::vector<std::string>& names) {
+// By device first: the walk below remembers the last ranges of one device at a time.
+bool operator<(const Range& x, const Range& y) {
+  if (x.device != y.device) return x.device < y.device;
+  return x.begin != y.begin ? x.begin < y.begin : x.written > y.written;
+}
+
+// The memory of one list, in order.
+std::vector<Range> ranges_of(const CheckedPairs& checked, int side, bool written) {
   std::vector<Range> ranges;
-  ranges.reserve(a.size() + b.size());
-  const auto add = [&](const Tensors& tensors, bool is_b, bool written) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      const at::Tensor& tensor = tensors[i];
-      // Whether tensors with gaps overlap can't be told from their ranges (as in torch).
-      if (!has_data(tensor) || !tensor.is_non_overlapping_and_dense()) continue;
-      const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-      const c10::Device device = tensor.device();
-      ranges.push_back(
-          Range{begin, begin + tensor.nbytes(), static_cast<uint32_t>(i), is_b, written,
-                static_cast<int16_t>(static_cast<int>(device.type()) * 256 + device.index() + 1)});
+  ranges.reserve(checked.size());
+  for (size_t i = 0; i < checked.size(); ++i) {
+    const CheckedPair& pair = checked[i];
+    // Whether tensors with gaps overlap can't be told from their ranges (as in torch).
+    if (pair.data[side] == nullptr || !pair.is_dense[side]) continue;
+    const PairDtypes dtypes = dtypes_of(pair.pair);
+    const auto begin = reinterpret_cast<uintptr_t>(pair.data[side]);
+    const int64_t bytes = pair.numel * size_of((side == 1) != pair.flipped ? dtypes.b : dtypes.a);
+    const int device = static_cast<int>(pair.device.type()) * 256 + pair.device.index() + 1;
+    ranges.push_back(Range{begin, begin + static_cast<uintptr_t>(bytes), static_cast<uint32_t>(i),
+                           side == 1, written, static_cast<int16_t>(device)});
+  }
+  // Allocations often come in order of address.
+  if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
+  return ranges;
+}
+
+void check_overlap(const Signature& s, const CheckedPairs& checked,
+                   const std::vector<std::string>& names) {
+  std::vector<Range> ranges[2];
+  const int64_t grain = checked.size() > kParallelPairs ? 1 : 2;
+  at::parallel_for(0, 2, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t side = begin; side < end; ++side) {
+      ranges[side] =
+          ranges_of(checked, static_cast<int>(side), side == 0 ? s.writes_a : s.writes_b);
     }
-  };
-  add(a, false, s.writes_a);
-  const auto num_a = static_cast<std::ptrdiff_t>(ranges.size());
-  add(b, true, s.writes_b);
-  // Allocations often come in order of address: each list is sorted only if it has to be.
-  // By device first: the walk below remembers the last ranges of one device at a time.
-  const auto before = [](const Range& x, const Range& y) {
-    if (x.device != y.device) return x.device < y.device;
-    return x.begin != y.begin ? x.begin < y.begin : x.written > y.written;
-  };
-  const auto sort = [&](auto first, auto last) {
-    if (!std::is_sorted(first, last, before)) std::sort(first, last, before);
-  };
-  sort(ranges.begin(), ranges.begin() + num_a);
-  sort(ranges.begin() + num_a, ranges.end());
-  std::inplace_merge(ranges.begin(), ranges.begin() + num_a, ranges.end(), before);
+  });
   const Range* last_read = nullptr;
   const Range* last_written = nullptr;
-  for (const Range& range : ranges) {
+  const auto step = [&](const Range& range) {
     // A read may repeat a read; nothing else may start before a range ends.
     for (const Range* other : {last_written, range.written ? last_read : nullptr}) {
       if (other == nullptr || other->device != range.device || range.begin >= other->end) continue;
@@ -184,6 +224,12 @@ void check_overlap(const Signature& s, const Tensors& a, const Tensors& b,
     }
     const Range*& last = range.written ? last_written : last_read;
     if (last == nullptr || last->device != range.device || range.end > last->end) last = &range;
+  };
+  auto a = ranges[0].begin();
+  auto b = ranges[1].begin();
+  while (a != ranges[0].end() || b != ranges[1].end()) {
+    const bool takes_b = a == ranges[0].end() || (b != ranges[1].end() && *b < *a);
+    step(takes_b ? *b++ : *a++);
   }
 }
 
@@ -247,19 +293,32 @@ std::optional<FoundPair> find_pair(at::ScalarType a, at::ScalarType b, bool eith
   return std::nullopt;
 }
 
-void check_lists(const Signature& s, const Tensors& a, const Tensors& b,
-                 const std::vector<std::string>& names) {
+CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
+                         const std::vector<std::string>& names) {
   TORCH_CHECK_VALUE(a.size() == b.size(), "fused_ema.", s.op, ": ", s.side_a, " holds ", a.size(),
                     " tensors but ", s.side_b, " holds ", b.size(),
                     "; pass lists of the same length");
   TORCH_CHECK_VALUE(names.empty() || names.size() == a.size(), "fused_ema.", s.op, ": ",
                     names.size(), " names for ", a.size(), " pairs; pass one name a pair, or none");
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (!is_usual(s, a[i], b[i])) {
-      check_pair(s, a[i], b[i], where(s.side_a, i, names), where(s.side_b, i, names));
+  CheckedPairs checked(a.size());
+  const auto size = static_cast<int64_t>(a.size());
+  at::parallel_for(0, size, kParallelPairs, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (i + kTensorsAhead < end) {
+        for (const Tensors* list : {&a, &b}) {
+          prefetch_tensor((*list)[i + kTensorsAhead].unsafeGetTensorImpl());
+          prefetch_memory(storage_of(*(*list)[i + kTensorsAhead / 2].unsafeGetTensorImpl()));
+        }
+      }
+      checked[i] = look(s, a[i], b[i]);
     }
+  });
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (checked[i].is_usual) continue;
+    check_pair(s, a[i], b[i], where(s.side_a, i, names), where(s.side_b, i, names));
   }
-  check_overlap(s, a, b, names);
+  check_overlap(s, checked, names);
+  return checked;
 }
 
 void check_momentum(const char* op, double momentum) {
@@ -273,16 +332,6 @@ Form parse_form(const char* op, const std::string& form) {
   if (form == "lerp") return Form::kLerp;
   if (form == "mul_add") return Form::kMulAdd;
   TORCH_CHECK_VALUE(false, "fused_ema.", op, ": form is '", form, "'; choose 'lerp' or 'mul_add'");
-}
-
-bool has_plain_memory(const at::Tensor& a, const at::Tensor& b) {
-  if (!is_plain(a) || !is_plain(b) || !a.has_storage() || !b.has_storage()) return false;
-  if (!a.is_non_overlapping_and_dense() || !b.is_non_overlapping_and_dense()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.stride(d) != b.stride(d) && a.size(d) > 1) return false;
-  }
-  return reinterpret_cast<uintptr_t>(a.const_data_ptr()) % a.element_size() == 0 &&
-         reinterpret_cast<uintptr_t>(b.const_data_ptr()) % b.element_size() == 0;
 }
 
 }  // namespace fused_ema

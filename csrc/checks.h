@@ -41,18 +41,31 @@ struct FoundPair {
 };
 std::optional<FoundPair> find_pair(at::ScalarType a, at::ScalarType b, bool either_order);
 
+// One pair that check_lists has passed, and what it read of it. In a long list a tensor has left
+// the caches by the time of a second look.
+struct CheckedPair {
+  const void* data[2] = {nullptr, nullptr};  // of a and of b; null: no memory to look at
+  // Which counter a write bumps: views share it; null: none.
+  const void* versions[2] = {nullptr, nullptr};
+  int64_t numel = 0;
+  at::Device device = at::kCPU;
+  DtypePair pair = DtypePair::kFloat32Float32;
+  bool flipped = false;              // the lists stand the other way round in the dtype pair
+  bool has_plain_memory = false;     // a kernel may work on it; otherwise torch serves the pair
+  bool is_lazy[2] = {false, false};  // copy-on-write: will be written at another address
+  bool is_dense[2] = {false, false};
+  bool is_usual = false;  // nothing left to check but overlap
+};
+using CheckedPairs = std::vector<CheckedPair>;
+
 // Raises TypeError (dtypes, layouts), ValueError (lengths, shapes, devices, overlap) or
 // RuntimeError (inference tensors) at the first pair that the operation can't serve. names may be
 // empty.
-void check_lists(const Signature& signature, const Tensors& a, const Tensors& b,
-                 const std::vector<std::string>& names);
+CheckedPairs check_lists(const Signature& signature, const Tensors& a, const Tensors& b,
+                         const std::vector<std::string>& names);
 
 // Raises ValueError outside of [0, 1].
 void check_momentum(const char* op, double momentum);
 Form parse_form(const char* op, const std::string& form);
-
-// Whether a kernel may work on the memory of this pair: plain tensors, both dense, equal strides,
-// addresses aligned to the element. Otherwise torch's own functions serve the pair.
-bool has_plain_memory(const at::Tensor& a, const at::Tensor& b);
 
 }  // namespace fused_ema

@@ -23,30 +23,21 @@ c10::Stream current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-Group& group_for(std::vector<Group>& groups, at::Device device, FoundPair found) {
+Group& group_for(std::vector<Group>& groups, const CheckedPair& of) {
   // Models keep one or two dtype pairs: the last group is nearly always the right one.
   for (auto group = groups.rbegin(); group != groups.rend(); ++group) {
-    if (group->pair == found.pair && group->flipped == found.flipped && group->device == device) {
+    if (group->pair == of.pair && group->flipped == of.flipped && group->device == of.device) {
       return *group;
     }
   }
   Group& group = groups.emplace_back();
-  group.device = device;
-  group.pair = found.pair;
-  group.flipped = found.flipped;
+  group.device = of.device;
+  group.pair = of.pair;
+  group.flipped = of.flipped;
   return group;
 }
 
 using Versions = std::vector<c10::TensorImpl*>;
-
-void add_version(Versions& versions, const at::Tensor& tensor) {
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (impl->is_inference()) return;  // has no version counter
-  // Views of one flat tensor, which is how emas are best kept, stand side by side.
-  if (!versions.empty() && version_counter_of(*versions.back()) == version_counter_of(*impl))
-    return;
-  versions.push_back(impl);
-}
 
 // A bump is a locked instruction, which waits for its own cache miss alone. Reading a batch first
 // lets the misses overlap.
@@ -192,35 +183,42 @@ bool runs_parallel() {
   return num_ranges == at::get_num_threads();
 }
 
-Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b) {
+Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b,
+                   const CheckedPairs& checked) {
   Groups result;
   std::vector<std::vector<Span>> spans;
   std::optional<at::Device> last_device;
   bool last_served = false;
-  for (size_t i = 0; i < a.size(); ++i) {
-    const at::Device device = a[i].device();
-    if (device != last_device) {
-      last_device = device;
-      last_served = std::strcmp(service_of(device).backend, "foreach") != 0;
+  const void* last_version[2] = {nullptr, nullptr};
+  for (size_t i = 0; i < checked.size(); ++i) {
+    const CheckedPair& pair = checked[i];
+    if (pair.device != last_device) {
+      last_device = pair.device;
+      last_served = std::strcmp(service_of(pair.device).backend, "foreach") != 0;
     }
-    if (!last_served || !has_plain_memory(a[i], b[i])) {
+    if (!last_served || !pair.has_plain_memory) {
       result.fallback_a.push_back(a[i]);
       result.fallback_b.push_back(b[i]);
       continue;
     }
-    const FoundPair found = *find_pair(a[i].scalar_type(), b[i].scalar_type(), s.either_order);
-    Group& group = group_for(result.groups, device, found);
+    Group& group = group_for(result.groups, pair);
     ++group.num_pairs;
     spans.resize(result.groups.size());
-    if (a[i].numel() == 0) continue;
-    // The mutable pointer of a lazily copied tensor is its own memory, the const one may not be.
-    Span span{s.writes_a ? a[i].mutable_data_ptr() : const_cast<void*>(a[i].const_data_ptr()),
-              s.writes_b ? b[i].mutable_data_ptr() : const_cast<void*>(b[i].const_data_ptr()),
-              a[i].numel()};
-    if (found.flipped) std::swap(span.a, span.b);
+    if (pair.numel == 0) continue;
+    const auto side = [&](int side, bool written, const at::Tensor& tensor, Versions& versions) {
+      if (!written) return const_cast<void*>(pair.data[side]);
+      // Views of one flat tensor, which is how emas are best kept, stand side by side.
+      const void* version = pair.versions[side];
+      if (version != nullptr && version != last_version[side]) {
+        versions.push_back(tensor.unsafeGetTensorImpl());
+        last_version[side] = version;
+      }
+      return pair.is_lazy[side] ? tensor.mutable_data_ptr() : const_cast<void*>(pair.data[side]);
+    };
+    Span span{side(0, s.writes_a, a[i], group.versions_a),
+              side(1, s.writes_b, b[i], group.versions_b), pair.numel};
+    if (pair.flipped) std::swap(span.a, span.b);
     spans[&group - result.groups.data()].push_back(span);
-    if (s.writes_a) add_version(group.versions_a, a[i]);
-    if (s.writes_b) add_version(group.versions_b, b[i]);
   }
   for (size_t i = 0; i < result.groups.size(); ++i) {
     result.groups[i].spans = cpu::make_span_table(std::move(spans[i]));

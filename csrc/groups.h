@@ -2,7 +2,6 @@
 // one-shot calls make them, run them and drop them.
 #pragma once
 
-#include <cstring>
 #include <optional>
 
 #include "checks.h"
@@ -19,25 +18,6 @@ struct Operation {
   // A 0-dim float64 tensor on the device: the kernel reads the momentum when it runs.
   std::optional<at::Tensor> device_momentum = std::nullopt;
 };
-
-// Which counter a write to the tensor bumps: views share that of their base.
-inline const void* version_counter_of(const c10::TensorImpl& tensor) {
-  static_assert(sizeof(c10::VariableVersion) == sizeof(void*), "VariableVersion is one pointer");
-  const void* counter;
-  std::memcpy(&counter, &tensor.version_counter(), sizeof(counter));
-  return counter;
-}
-
-// Fetches the parts of a tensor, or of its storage, that a check reads. Both are allocated at 16
-// bytes, so a part may lie in the line after the one that its offset suggests.
-inline void prefetch_tensor(const c10::TensorImpl* tensor) {
-  const char* bytes = reinterpret_cast<const char*>(tensor);
-  for (int offset : {16, 40, 144, 172}) __builtin_prefetch(bytes + offset, 0, 2);
-}
-inline void prefetch_storage(const c10::StorageImpl* storage) {
-  const char* bytes = reinterpret_cast<const char*>(storage);
-  for (int offset : {16, 61}) __builtin_prefetch(bytes + offset, 0, 2);
-}
 
 // All pairs of one device and one dtype pair: one launch.
 struct Group {
@@ -65,8 +45,8 @@ struct Groups {
   Tensors fallback_b;
 };
 
-// Of lists that check_lists has passed.
-Groups make_groups(const Signature& signature, const Tensors& a, const Tensors& b);
+Groups make_groups(const Signature& signature, const Tensors& a, const Tensors& b,
+                   const CheckedPairs& checked);
 
 // Moves the tile tables of CUDA groups into device memory. wait: any stream may use them at once;
 // otherwise those that are ordered after the current one.

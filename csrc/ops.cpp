@@ -4,8 +4,7 @@ namespace fused_ema {
 
 void run_once(const Signature& signature, const Tensors& a, const Tensors& b,
               const Operation& operation) {
-  check_lists(signature, a, b, {});
-  Groups groups = make_groups(signature, a, b);
+  Groups groups = make_groups(signature, a, b, check_lists(signature, a, b, {}));
   check_device_momentum(signature.op, groups, operation);
   run(groups, operation);
 }

@@ -1,10 +1,11 @@
 #include "plan.h"
 
 #include <ATen/Parallel.h>
-#include <c10/core/impl/COWDeleter.h>
 
 #include <algorithm>
 #include <atomic>
+
+#include "records.h"
 
 namespace fused_ema {
 
@@ -14,7 +15,7 @@ Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
 }
 
 void Plan::refresh() {
-  check_lists(kPlanSignature, ema_, params_, names_);
+  const CheckedPairs checked = check_lists(kPlanSignature, ema_, params_, names_);
   for (const Tensors* tensors : {&ema_, &params_}) {
     for (const at::Tensor& tensor : *tensors) {
       // An upload recorded in a graph would read this host memory again at every replay.
@@ -24,7 +25,7 @@ void Plan::refresh() {
       if (tensor.is_cuda()) break;
     }
   }
-  Groups groups = make_groups(kPlanSignature, ema_, params_);
+  Groups groups = make_groups(kPlanSignature, ema_, params_, checked);
   // A new plan waits for its upload. One that is made anew inside a call must not, and need not:
   // a stream that isn't ordered after this one would already race on the emas.
   const bool is_new = num_refreshes_ < 0;
@@ -39,11 +40,12 @@ void Plan::refresh() {
   geometry_.clear();
   for (size_t i = 0; i < ema_.size(); ++i) {
     // Pairs without plain memory are torch's to look after at each call.
-    if (!has_plain_memory(ema_[i], params_[i])) continue;
+    if (!checked[i].has_plain_memory) continue;
     for (const at::Tensor* tensor : {&ema_[i], &params_[i]}) {
       seen_.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(), tensor->numel(),
                            tensor->scalar_type(), tensor->is_contiguous(),
-                           static_cast<uint32_t>(tensor->dim()), geometry_.size()});
+                           static_cast<uint16_t>(tensor->dim()),
+                           static_cast<uint32_t>(geometry_.size())});
       if (tensor->is_contiguous()) continue;
       geometry_.insert(geometry_.end(), tensor->sizes().begin(), tensor->sizes().end());
       geometry_.insert(geometry_.end(), tensor->strides().begin(), tensor->strides().end());
@@ -54,13 +56,15 @@ void Plan::refresh() {
 
 bool Plan::is_unchanged(const Seen& seen) const {
   const c10::TensorImpl& tensor = *seen.tensor;
-  const c10::StorageImpl* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  const c10::StorageImpl* storage = storage_of(tensor);
   if (storage == nullptr || tensor.numel() != seen.numel) return false;
   if (tensor.dtype() != c10::scalarTypeToTypeMeta(seen.dtype)) return false;
-  const at::DataPtr& memory = storage->data_ptr();
-  if (static_cast<const char*>(memory.get()) + tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize()) != seen.data) return false;
+  const int64_t offset_bytes = tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
+  if (seen.numel > 0 &&
+      static_cast<const char*>(memory_of(*storage).get()) + offset_bytes != seen.data)
+    return false;
   // A lazy copy was taken meanwhile: a write would reach it. Making the plan anew parts the two.
-  if (memory.get_deleter() == c10::impl::cow::cow_deleter) return false;
+  if (is_lazy_copy(*storage)) return false;
   // As many elements, contiguous: the same ones in the same order, whatever their shape. The flag
   // lies beside the number; sizes and strides would be one or two cache misses more.
   if (seen.is_contiguous) return tensor.is_contiguous();
@@ -76,15 +80,12 @@ bool Plan::is_stale() const {
   std::atomic<bool> stale{false};
   const auto size = static_cast<int64_t>(seen_.size());
   at::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
-    // Five cache and page misses a tensor after a training step, in two dependent rounds: fetched
-    // ahead they overlap.
-    constexpr int64_t kAhead = 32;
     for (int64_t i = begin; i < end; ++i) {
-      if (i + kAhead < end) {
-        prefetch_tensor(seen_[i + kAhead].tensor);
-        const c10::TensorImpl* nearer = seen_[i + kAhead / 2].tensor;
-        prefetch_storage(nearer->unsafe_storage().unsafeGetStorageImpl());
-        __builtin_prefetch(version_counter_of(*nearer), 0, 2);  // the write will bump it
+      if (i + kTensorsAhead < end) {
+        prefetch_tensor_but_sizes(seen_[i + kTensorsAhead].tensor);
+        const c10::TensorImpl* nearer = seen_[i + kTensorsAhead / 2].tensor;
+        prefetch_memory(storage_of(*nearer));
+        prefetch(version_counter_of(*nearer));  // the write will bump it
       }
       if (!is_unchanged(seen_[i])) {
         stale = true;

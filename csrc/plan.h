@@ -39,8 +39,8 @@ class Plan {
     int64_t numel;
     at::ScalarType dtype;
     bool is_contiguous;
-    uint32_t num_dims;
-    size_t geometry;  // where its sizes and strides begin in geometry_
+    uint16_t num_dims;
+    uint32_t geometry;  // where its sizes and strides begin in geometry_
   };
 
   void refresh();

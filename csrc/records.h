@@ -1,0 +1,60 @@
+// What torch keeps about a tensor besides its elements, and how to reach it quickly: a TensorImpl,
+// a StorageImpl and a version counter, each an allocation of its own. For 10,000 x 64 they are most
+// of the memory that a call touches.
+#pragma once
+
+#include <c10/core/StorageImpl.h>
+#include <c10/core/TensorImpl.h>
+#include <c10/core/impl/COWDeleter.h>
+
+#include <cstring>
+
+namespace fused_ema {
+
+// Which counter a write to the tensor bumps: views share that of their base.
+inline const void* version_counter_of(const c10::TensorImpl& tensor) {
+  static_assert(sizeof(c10::VariableVersion) == sizeof(void*), "VariableVersion is one pointer");
+  const void* counter;
+  std::memcpy(&counter, &tensor.version_counter(), sizeof(counter));
+  return counter;
+}
+
+inline const c10::StorageImpl* storage_of(const c10::TensorImpl& tensor) {
+  return tensor.unsafe_storage().unsafeGetStorageImpl();
+}
+
+// Without the questions that data_ptr() asks before an access: they lie in the next line.
+inline const at::DataPtr& memory_of(const c10::StorageImpl& storage) {
+  return const_cast<c10::StorageImpl&>(storage)._mutable_data_ptr_no_checks();
+}
+
+// Whether the memory is shared with a lazy copy (torch._lazy_clone) until one of them is written.
+inline bool is_lazy_copy(const c10::StorageImpl& storage) {
+  return memory_of(storage).get_deleter() == c10::impl::cow::cow_deleter;
+}
+
+// Into the second-level cache: a core has more room for misses on their way there (two thirds of
+// the time for a walk over 20,000 cold tensors on a Zen 4).
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+// Every line of a tensor. It lies at a multiple of 16 bytes, so a field may lie in the line after
+// the one that its offset suggests.
+inline void prefetch_tensor(const c10::TensorImpl* tensor) {
+  const char* bytes = reinterpret_cast<const char*>(tensor);
+  for (int offset : {8, 64, 128, 172}) prefetch(bytes + offset);
+}
+// The same without the line or two that hold nothing but sizes and strides.
+inline void prefetch_tensor_but_sizes(const c10::TensorImpl* tensor) {
+  const char* bytes = reinterpret_cast<const char*>(tensor);
+  for (int offset : {16, 40, 144, 172}) prefetch(bytes + offset);
+}
+// Of the storage, which some tensors have none of, the part that is_unchanged() and look() read.
+inline void prefetch_memory(const c10::StorageImpl* storage) {
+  if (storage != nullptr) prefetch(&memory_of(*storage));
+}
+
+// How many tensors ahead a walk fetches. The storage and the counter are found through the tensor,
+// so they are fetched at half the distance.
+constexpr int64_t kTensorsAhead = 32;
+
+}  // namespace fused_ema
