@@ -132,9 +132,9 @@ void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
 // Reads a pair. May run beside other threads, so it calls nothing that may need Python.
 CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
   CheckedPair pair;
-  pair.device = a.device();
   if (!is_plain(a) || !is_plain(b)) return pair;
   if (a.layout() != at::kStrided || b.layout() != at::kStrided) return pair;
+  pair.device = a.device();
   pair.numel = a.numel();
   bool has_memory = true;
   for (int side : {0, 1}) {

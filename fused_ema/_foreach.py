@@ -129,6 +129,8 @@ def _check_overlap(
             if tensor.numel() == 0 or tensor.device.type == "meta" or not _is_dense(tensor):
                 continue
             start = tensor.data_ptr()
+            if start == 0:  # A wrapper, whose memory is that of the tensors inside.
+                continue
             end = start + tensor.numel() * tensor.element_size()
             ranges.append((str(tensor.device), start, end, not written, side, index))
     ranges.sort()

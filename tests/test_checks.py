@@ -249,6 +249,53 @@ def test_negated_views_take_their_values_not_their_memory(backend):
     assert torch.equal(ema[0], -f32(5) / 2)
 
 
+class Wrapper(torch.Tensor):
+    """Asks Python for its sizes and strides, as wrappers of several tensors do."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, dispatch_sizes_strides_policy="sizes"
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        inside = torch.utils._pytree.tree_map_only(Wrapper, lambda t: t.inner, (args, kwargs or {}))
+        return func(*inside[0], **inside[1])
+
+
+def test_long_lists_with_wrappers(backend):
+    # Long enough for several threads, none of which may call Python.
+    ema = [torch.zeros(3) for _ in range(2000)]
+    params = [f32(3) for _ in range(2000)]
+    inside = torch.zeros(4)
+    ema[1500], params[1500] = Wrapper(inside), Wrapper(f32(4))
+    fused_ema.update_(ema, params, 0.5)
+    fused_ema.Plan(ema, params).update(0.5)
+    assert torch.equal(inside, f32(4) * 0.75)
+    assert torch.equal(ema[1999], f32(3) * 0.75)
+
+
+def test_long_lists_name_the_first_bad_pair(backend):
+    ema = [torch.zeros(3) for _ in range(3000)]
+    params = [f32(3) for _ in range(3000)]
+    params[700] = params[2900] = f32(4)
+    with pytest.raises(ValueError, match=r"ema\[700\] has shape \[3\] but params\[700\]"):
+        fused_ema.update_(ema, params, 0.5)
+    params[700] = params[2900] = f32(3)
+    ema[2999] = params[1300]
+    with pytest.raises(ValueError, match=r"ema\[2999\] and params\[1300\] share memory"):
+        fused_ema.update_(ema, params, 0.5)
+    ema[2999] = ema[5][:2]
+    params[2999] = f32(2)
+    with pytest.raises(ValueError, match=r"ema\[5\] and ema\[2999\] share memory"):
+        fused_ema.update_(ema, params, 0.5)
+    assert not any(e.any() for e in ema if e is not params[1300])
+
+
 @pytest.mark.cuda
 def test_devices_that_differ():
     device = "cuda"

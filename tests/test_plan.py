@@ -99,6 +99,32 @@ def test_the_same_memory_transposed_is_noticed(backend):
     assert torch.equal(ema, torch.arange(36.0).view(6, 6).t())
 
 
+def test_the_same_memory_in_another_shape_is_the_same_elements(backend):
+    ema, param = torch.zeros(4, 3), torch.arange(12.0).reshape(4, 3)
+    plan = fused_ema.Plan([ema], [param])
+    ema.data, param.data = ema.data.reshape(2, 6), param.data.reshape(2, 6)
+    plan.update(0.5)
+    assert torch.equal(ema, torch.arange(12.0).reshape(2, 6) / 2)
+
+
+def test_the_same_memory_of_another_dtype_is_noticed(backend):
+    ema, param = torch.zeros(4), torch.ones(4)
+    plan = fused_ema.Plan([ema], [param])
+    param.data = param.data.view(torch.int32)
+    with pytest.raises(TypeError, match=r"params\[0\] is torch\.int32"):
+        plan.update(0.5)
+    assert not ema.any()
+
+
+def test_the_same_storage_from_another_element_is_noticed(backend):
+    base = torch.arange(10.0)
+    ema, param = torch.zeros(4), base[:4]
+    plan = fused_ema.Plan([ema], [param])
+    param.data = base[5:9]
+    plan.update(1.0)
+    assert torch.equal(ema, base[5:9])
+
+
 def test_a_swap_after_a_move_writes_the_new_memory_only(backend):
     param = torch.nn.Parameter(torch.ones(100))
     ema = torch.zeros(100)

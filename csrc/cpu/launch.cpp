@@ -48,18 +48,6 @@ std::atomic<const InstructionSet*>& chosen() {
 // A span costs about as much as this many elements: a call, and misses on its first lines.
 constexpr int64_t kSpanCost = 128;
 
-// Spans ahead whose first lines are fetched while this one runs. Small tensors are too short for
-// the hardware's prefetchers to start.
-constexpr size_t kSpansAhead = 12;
-constexpr int64_t kPrefetchBytes = 512;
-
-void prefetch(const Span& span, const TileShape& shape) {
-  const int64_t a_bytes = std::min(span.n * shape.size_a, kPrefetchBytes);
-  const int64_t b_bytes = std::min(span.n * shape.size_b, kPrefetchBytes);
-  for (int64_t i = 0; i < a_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.a) + i, 0, 2);
-  for (int64_t i = 0; i < b_bytes; i += 64) __builtin_prefetch(static_cast<char*>(span.b) + i, 0, 2);
-}
-
 // Elements [first, last) of a span, each with the arithmetic that torch's loop would give it.
 void run_as_torch(const Work& work, const Span& span, const TileShape& shape, int64_t first,
                   int64_t last) {
@@ -127,7 +115,6 @@ void run_range(const SpanTable& table, const TileShape& shape, const Work& work,
   size_t i = std::upper_bound(before.begin(), before.end(), begin) - before.begin() - 1;
   for (; i < table.spans.size() && before[i] < end; ++i) {
     const Span& span = table.spans[i];
-    if (i + kSpansAhead < table.spans.size()) prefetch(table.spans[i + kSpansAhead], shape);
     // A span shared by two ranges is cut by cost, at a multiple of 64 elements so that no two
     // threads write one cache line's worth of vectors. Both sides compute the same cut.
     const auto cut = [&](int64_t cost) {
