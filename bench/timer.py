@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.providers import Call, Lists, Op
 
 MIN_ROUNDS = 5
-MAX_ROUNDS = 21
+MAX_ROUNDS = 101
 MIN_SAMPLE_S = 200e-6  # Shorter calls are timed several at once.
 HOT_BYTES = 25e6  # Above this an update in training doesn't find its tensors in a cache.
 _MAX_CALLS = 1000
