@@ -132,32 +132,36 @@ void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
 // Reads a pair. May run beside other threads, so it calls nothing that may need Python.
 CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
   CheckedPair pair;
-  if (!is_plain(a) || !is_plain(b)) return pair;
-  if (a.layout() != at::kStrided || b.layout() != at::kStrided) return pair;
-  pair.device = a.device();
-  pair.numel = a.numel();
-  bool has_memory = true;
+  const std::optional<FoundPair> found =
+      find_pair(a.scalar_type(), b.scalar_type(), s.either_order);
+  if (!found) return pair;
+  pair.pair = found->pair;
+  pair.flipped = found->flipped;
+  bool are_plain = true;
+  bool have_memory = true;
   for (int side : {0, 1}) {
     const at::Tensor& tensor = side == 0 ? a : b;
+    if (!is_plain(tensor) || tensor.layout() != at::kStrided) {
+      are_plain = false;
+      continue;
+    }
     const c10::TensorImpl& impl = *tensor.unsafeGetTensorImpl();
+    pair.device = tensor.device();
+    pair.numel = tensor.numel();
     pair.is_dense[side] = tensor.is_non_overlapping_and_dense();
     if (!tensor.is_inference()) pair.versions[side] = version_counter_of(impl);
     if (!tensor.has_storage()) {
-      has_memory = false;
-    } else if (tensor.numel() > 0 && !tensor.is_meta()) {
+      have_memory = false;
+    } else if (pair.numel > 0 && !tensor.is_meta()) {
       pair.data[side] = tensor.const_data_ptr();
       pair.is_lazy[side] = is_lazy_copy(*storage_of(impl));
-      has_memory &= reinterpret_cast<uintptr_t>(pair.data[side]) % tensor.itemsize() == 0;
+      have_memory &= reinterpret_cast<uintptr_t>(pair.data[side]) % tensor.itemsize() == 0;
     }
   }
-  const std::optional<FoundPair> found =
-      find_pair(a.scalar_type(), b.scalar_type(), s.either_order);
-  if (!found || a.sizes() != b.sizes() || a.device() != b.device()) return pair;
-  pair.pair = found->pair;
-  pair.flipped = found->flipped;
-  const bool is_dense = pair.is_dense[0] && pair.is_dense[1];
-  pair.is_usual = is_dense && !a.is_inference() && !b.is_inference();
-  pair.has_plain_memory = has_memory && is_dense && have_equal_strides(a, b);
+  if (!are_plain || a.sizes() != b.sizes() || a.device() != b.device()) return pair;
+  const bool are_dense = pair.is_dense[0] && pair.is_dense[1];
+  pair.is_usual = are_dense && !a.is_inference() && !b.is_inference();
+  pair.has_plain_memory = have_memory && are_dense && have_equal_strides(a, b);
   return pair;
 }
 

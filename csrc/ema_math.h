@@ -175,9 +175,13 @@ FUSED_EMA_INLINE double fma(double x, double y, double z) { return __builtin_fma
 
 // ema + m * (p - ema), or p - (1 - m) * (p - ema) for m >= 0.5: torch.lerp's formula, one rounding
 // in the difference and one in the FMA. A param equal to its ema leaves it unchanged.
+template <bool kFromParam, typename V, typename C>
+FUSED_EMA_INLINE V lerp_from(V ema, V param, const Coefficients<C>& c) {
+  return fma(V(c.weight), param - ema, kFromParam ? param : ema);
+}
 template <typename V, typename C>
 FUSED_EMA_INLINE V lerp(V ema, V param, const Coefficients<C>& c) {
-  return fma(V(c.weight), param - ema, c.from_param ? param : ema);
+  return c.from_param ? lerp_from<true>(ema, param, c) : lerp_from<false>(ema, param, c);
 }
 
 // ema.mul_(1 - m).add_(p, alpha=m): the product rounded to the ema's dtype, then one FMA.

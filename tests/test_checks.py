@@ -247,6 +247,8 @@ def test_negated_views_take_their_values_not_their_memory(backend):
     ema = [torch.zeros(5)]
     fused_ema.update_(ema, [param], 0.5)
     assert torch.equal(ema[0], -f32(5) / 2)
+    with pytest.raises(ValueError, match=r"ema\[0\] and ema\[1\] share memory"):
+        fused_ema.update_([ema[0], ema[0]], [param, f32(5)], 0.5)
 
 
 class Wrapper(torch.Tensor):

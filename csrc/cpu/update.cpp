@@ -4,7 +4,9 @@
 namespace fused_ema::cpu::FUSED_EMA_ISA {
 namespace {
 
-template <Form kForm, typename A, typename B>
+// kFromParam: where lerp starts (Coefficients::from_param), chosen once a span. Asked in the loop,
+// g++ 12 answers by way of memory: two stores and a load more for every vector.
+template <Form kForm, bool kFromParam, typename A, typename B>
 struct Update {
   using V = typename VecOf<A>::type;
   using C = Compute<A>;
@@ -14,7 +16,7 @@ struct Update {
     const V e = load_vec(ema);
     const V p = load_vec(param);
     if constexpr (kForm == Form::kLerp) {
-      store_vec(ema, lerp(e, p, c));
+      store_vec(ema, lerp_from<kFromParam>(e, p, c));
     } else {
       store_vec(ema, mul_add(e, p, c, [](V x) { return rounded_to(A{}, x); }));
     }
@@ -23,7 +25,7 @@ struct Update {
     const C e = load(*ema);
     const C p = load(*param);
     if constexpr (kForm == Form::kLerp) {
-      *ema = Stored<A>::from(lerp(e, p, c));
+      *ema = Stored<A>::from(lerp_from<kFromParam>(e, p, c));
     } else {
       *ema = Stored<A>::from(mul_add(e, p, c, [](C x) { return load(Stored<A>::from(x)); }));
     }
@@ -32,8 +34,14 @@ struct Update {
 
 template <Form kForm, typename A, typename B>
 void run(double momentum, void* a, void* b, int64_t n) {
-  const Update<kForm, A, B> op{coefficients<A, B>(momentum, AlphaRounding::kToEmaDtype)};
-  run_span(op, static_cast<A*>(a), static_cast<B*>(b), n);
+  const Coefficients<Compute<A>> c = coefficients<A, B>(momentum, AlphaRounding::kToEmaDtype);
+  A* ema = static_cast<A*>(a);
+  const B* param = static_cast<const B*>(b);
+  if (kForm == Form::kLerp && c.from_param) {
+    run_span(Update<kForm, true, A, B>{c}, ema, param, n);
+  } else {
+    run_span(Update<kForm, false, A, B>{c}, ema, param, n);
+  }
 }
 
 template <typename T>
