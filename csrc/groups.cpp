@@ -205,18 +205,23 @@ Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b,
     ++group.num_pairs;
     spans.resize(result.groups.size());
     if (pair.numel == 0) continue;
-    const auto side = [&](int side, bool written, const at::Tensor& tensor, Versions& versions) {
-      if (!written) return const_cast<void*>(pair.data[side]);
-      // Views of one flat tensor, which is how emas are best kept, stand side by side.
+    const auto address = [&](int side, const at::Tensor& tensor) {
+      const bool written = side == 0 ? s.writes_a : s.writes_b;
+      // The mutable pointer of a lazily copied tensor is its own memory.
+      return written && pair.is_lazy[side] ? tensor.mutable_data_ptr()
+                                           : const_cast<void*>(pair.data[side]);
+    };
+    // Views of one flat tensor, which is how emas are best kept, stand side by side.
+    const auto add_version = [&](int side, const at::Tensor& tensor, Versions& versions) {
       const void* version = pair.versions[side];
       if (version != nullptr && version != last_version[side]) {
         versions.push_back(tensor.unsafeGetTensorImpl());
-        last_version[side] = version;
       }
-      return pair.is_lazy[side] ? tensor.mutable_data_ptr() : const_cast<void*>(pair.data[side]);
+      last_version[side] = version;
     };
-    Span span{side(0, s.writes_a, a[i], group.versions_a),
-              side(1, s.writes_b, b[i], group.versions_b), pair.numel};
+    Span span{address(0, a[i]), address(1, b[i]), pair.numel};
+    if (s.writes_a) add_version(0, a[i], group.versions_a);
+    if (s.writes_b) add_version(1, b[i], group.versions_b);
     if (pair.flipped) std::swap(span.a, span.b);
     spans[&group - result.groups.data()].push_back(span);
   }

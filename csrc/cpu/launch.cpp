@@ -48,6 +48,21 @@ std::atomic<const InstructionSet*>& chosen() {
 // A span costs about as much as this many elements: a call, and misses on its first lines.
 constexpr int64_t kSpanCost = 128;
 
+// Spans ahead that are fetched while this one runs, small tensors whole. These are too short for
+// the hardware's prefetchers, and into the second-level cache more misses are under way at once.
+constexpr size_t kSpansAhead = 12;
+constexpr int64_t kPrefetchBytes = 512;
+
+void prefetch(const Span& span, const TileShape& shape) {
+  const auto fetch = [](void* begin, int64_t bytes) {
+    for (int64_t i = 0; i < std::min(bytes, kPrefetchBytes); i += 64) {
+      __builtin_prefetch(static_cast<char*>(begin) + i, 0, 2);
+    }
+  };
+  fetch(span.a, span.n * shape.size_a);
+  fetch(span.b, span.n * shape.size_b);
+}
+
 // Elements [first, last) of a span, each with the arithmetic that torch's loop would give it.
 void run_as_torch(const Work& work, const Span& span, const TileShape& shape, int64_t first,
                   int64_t last) {
@@ -115,6 +130,7 @@ void run_range(const SpanTable& table, const TileShape& shape, const Work& work,
   size_t i = std::upper_bound(before.begin(), before.end(), begin) - before.begin() - 1;
   for (; i < table.spans.size() && before[i] < end; ++i) {
     const Span& span = table.spans[i];
+    if (i + kSpansAhead < table.spans.size()) prefetch(table.spans[i + kSpansAhead], shape);
     // A span shared by two ranges is cut by cost, at a multiple of 64 elements so that no two
     // threads write one cache line's worth of vectors. Both sides compute the same cut.
     const auto cut = [&](int64_t cost) {
