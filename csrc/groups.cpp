@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "fallback.h"
+#include "records.h"
 #ifdef FUSED_EMA_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -39,17 +40,14 @@ Group& group_for(std::vector<Group>& groups, const CheckedPair& of) {
 
 using Versions = std::vector<c10::TensorImpl*>;
 
-// A bump is a locked instruction, which waits for its own cache miss alone. Reading a batch first
-// lets the misses overlap.
+// A bump is a locked instruction, which waits for its own cache miss alone.
 void bump_versions(const Versions& tensors, size_t begin, size_t end) {
-  constexpr size_t kBatch = 32;
-  for (size_t first = begin; first < end; first += kBatch) {
-    const size_t last = std::min(first + kBatch, end);
-    for (size_t i = first; i < last; ++i) {
-      [[maybe_unused]] const volatile uint32_t version =
-          tensors[i]->version_counter().current_version();
+  for (size_t i = begin; i < end; ++i) {
+    if (i + kTensorsAhead < end) {
+      prefetch(&tensors[i + kTensorsAhead]->version_counter());
+      prefetch(version_counter_of(*tensors[i + kTensorsAhead / 2]));
     }
-    for (size_t i = first; i < last; ++i) tensors[i]->bump_version();
+    tensors[i]->bump_version();
   }
 }
 
