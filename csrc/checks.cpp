@@ -1,11 +1,11 @@
 #include "checks.h"
 
-#include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
 
 #include <algorithm>
 #include <charconv>
 
+#include "parallel.h"
 #include "records.h"
 
 namespace fused_ema {
@@ -203,8 +203,7 @@ std::vector<Range> ranges_of(const CheckedPairs& checked, int side, bool written
 void check_overlap(const Signature& s, const CheckedPairs& checked,
                    const std::vector<std::string>& names) {
   std::vector<Range> ranges[2];
-  const int64_t grain = checked.size() > kParallelPairs ? 1 : 2;
-  at::parallel_for(0, 2, grain, [&](int64_t begin, int64_t end) {
+  parallel_chunks(2, checked.size() > kParallelPairs ? 1 : 2, [&](int64_t begin, int64_t end) {
     for (int64_t side = begin; side < end; ++side) {
       ranges[side] =
           ranges_of(checked, static_cast<int>(side), side == 0 ? s.writes_a : s.writes_b);
@@ -306,7 +305,7 @@ CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
                     names.size(), " names for ", a.size(), " pairs; pass one name a pair, or none");
   CheckedPairs checked(a.size());
   const auto size = static_cast<int64_t>(a.size());
-  at::parallel_for(0, size, kParallelPairs, [&](int64_t begin, int64_t end) {
+  parallel_chunks(size, kParallelPairs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kTensorsAhead < end) {
         for (const Tensors* list : {&a, &b}) {

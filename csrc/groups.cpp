@@ -1,6 +1,5 @@
 #include "groups.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
@@ -11,6 +10,7 @@
 #include <cstring>
 
 #include "fallback.h"
+#include "parallel.h"
 #include "records.h"
 #ifdef FUSED_EMA_WITH_CUDA
 #include "cuda/launch.h"
@@ -105,7 +105,7 @@ void run_on_cpu(const Group& group, const Operation& operation) {
   const TileShape shape = tile_shape(group.pair);
   const int64_t total = group.spans.cost_before.back();
   // One parallel region: where another program holds a core, each region may wait for a time slice.
-  at::parallel_for(0, total, cpu::kGrainCost, [&](int64_t begin, int64_t end) {
+  parallel_chunks(total, cpu::chunk_cost(total), [&](int64_t begin, int64_t end) {
     // Before the work, which drives what the check has just read out of the caches.
     bump_written(group, operation, begin, end, total);
     cpu::run_range(group.spans, shape, work, begin, end);

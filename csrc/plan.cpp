@@ -1,10 +1,9 @@
 #include "plan.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <atomic>
 
+#include "parallel.h"
 #include "records.h"
 
 namespace fused_ema {
@@ -79,7 +78,7 @@ bool Plan::is_unchanged(const Seen& seen) const {
 bool Plan::is_stale() const {
   std::atomic<bool> stale{false};
   const auto size = static_cast<int64_t>(seen_.size());
-  at::parallel_for(0, size, 1024, [&](int64_t begin, int64_t end) {
+  parallel_chunks(size, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kTensorsAhead < end) {
         prefetch_tensor_but_sizes(seen_[i + kTensorsAhead].tensor);

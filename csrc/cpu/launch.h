@@ -1,6 +1,7 @@
 // Runs a kernel over a list of spans, in parallel over their concatenated elements.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -47,8 +48,11 @@ struct Work {
   TorchLoop torch_loop = {1, 1};
 };
 
-// Below this cost a second thread takes longer to start than the work (about 5 us).
-constexpr int64_t kGrainCost = 16384;
+// What a thread takes at once. Smaller lists take one thread: another takes longer to start (about
+// 5 us) than the work. The upper bound leaves a large list enough chunks for a hundred threads.
+inline int64_t chunk_cost(int64_t total) {
+  return std::clamp(total / 64, int64_t{1} << 14, int64_t{1} << 20);
+}
 
 // Costs [begin, end) of the table, on this thread.
 void run_range(const SpanTable& table, const TileShape& shape, const Work& work, int64_t begin,
