@@ -18,7 +18,8 @@ class Plan:
     runs from: one launch per device and dtype pair, however many tensors, and no host
     synchronisation. Before each launch it compares the tensors with the table; where one has moved
     (``p.data = ...``, ``module.to(...)``, a re-shard) it checks and makes the table anew, so
-    nothing is ever written through an old address. Replacing a ``Parameter`` object in a module is
+    nothing is ever written through an old address. A contiguous tensor that got another shape over
+    the same memory holds the same elements, and is simply followed. Replacing a ``Parameter`` object in a module is
     beyond its sight: it keeps the tensors it was given. Moving a tensor while another thread is
     inside a call is a race, as it is with torch's own functions.
 
