@@ -22,7 +22,7 @@ Op = Literal["update", "swap", "copy"]
 Call = Callable[[], object]
 
 OPS: tuple[Op, ...] = ("update", "swap", "copy")
-DTYPE_PAIRS = tuple("/".join(str(d).removeprefix("torch.") for d in p) for p in testing.DTYPE_PAIRS)
+DTYPE_PAIRS = tuple("/".join(map(testing.dtype_name, pair)) for pair in testing.DTYPE_PAIRS)
 PLAN = "fused_ema plan"
 OWN_COPY = "own copy"
 

@@ -1,5 +1,6 @@
 #include "groups.h"
 
+#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fused_ema._foreach import DTYPE_PAIRS
+from fused_ema._foreach import DTYPE_PAIRS, dtype_name
 
 __all__ = [
     "DTYPE_PAIRS",
@@ -19,6 +19,7 @@ __all__ = [
     "ROUNDINGS",
     "assert_bits_equal",
     "bits_of",
+    "dtype_name",
     "make_lists",
     "random_values",
     "reference_update",

@@ -38,17 +38,25 @@ FUSED_EMA_INLINE F64 fma(F64 x, F64 y, F64 z) { return _mm512_fmadd_pd(x.v, y.v,
 
 FUSED_EMA_INLINE F32 load_vec(const float* p) { return _mm512_loadu_ps(p); }
 FUSED_EMA_INLINE F64 load_vec(const double* p) { return _mm512_loadu_pd(p); }
-FUSED_EMA_INLINE F32 load_vec(const BFloat16* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-FUSED_EMA_INLINE F32 load_vec(const Half* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 
 FUSED_EMA_INLINE void store_vec(float* p, F32 x) { _mm512_storeu_ps(p, x.v); }
 FUSED_EMA_INLINE void store_vec(double* p, F64 x) { _mm512_storeu_pd(p, x.v); }
-FUSED_EMA_INLINE __m256i bfloat16_bits(F32 x) {
+
+// Sixteen bits an element.
+FUSED_EMA_INLINE __m256i load_bits(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+FUSED_EMA_INLINE void store_bits(void* p, __m256i bits) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), bits);
+}
+FUSED_EMA_INLINE void stream_bits(void* p, __m256i bits) {
+  _mm256_stream_si256(static_cast<__m256i*>(p), bits);
+}
+FUSED_EMA_INLINE F32 widened(BFloat16, __m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+FUSED_EMA_INLINE F32 widened(Half, __m256i bits) { return _mm512_cvtph_ps(bits); }
+FUSED_EMA_INLINE __m256i narrowed(BFloat16, F32 x) {
   // to_bfloat16 of ema_math.h; vcvtneps2bf16 would flush subnormals.
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -57,30 +65,13 @@ FUSED_EMA_INLINE __m256i bfloat16_bits(F32 x) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
 }
-FUSED_EMA_INLINE void store_vec(BFloat16* p, F32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+FUSED_EMA_INLINE __m256i narrowed(Half, F32 x) {
+  return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-FUSED_EMA_INLINE void store_vec(Half* p, F32 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+
 // Past the caches, to an address aligned to what is written.
 FUSED_EMA_INLINE void stream_vec(float* p, F32 x) { _mm512_stream_ps(p, x.v); }
-FUSED_EMA_INLINE void stream_vec(BFloat16* p, F32 x) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
-}
-FUSED_EMA_INLINE void stream_vec(Half* p, F32 x) {
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 FUSED_EMA_INLINE void end_of_stream() { _mm_sfence(); }
-// Through a narrower dtype and back.
-FUSED_EMA_INLINE F32 rounded_to(BFloat16, F32 x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bfloat16_bits(x)), 16));
-}
-FUSED_EMA_INLINE F32 rounded_to(Half, F32 x) {
-  return _mm512_cvtph_ps(_mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
@@ -106,17 +97,25 @@ FUSED_EMA_INLINE F64 fma(F64 x, F64 y, F64 z) { return _mm256_fmadd_pd(x.v, y.v,
 
 FUSED_EMA_INLINE F32 load_vec(const float* p) { return _mm256_loadu_ps(p); }
 FUSED_EMA_INLINE F64 load_vec(const double* p) { return _mm256_loadu_pd(p); }
-FUSED_EMA_INLINE F32 load_vec(const BFloat16* p) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-FUSED_EMA_INLINE F32 load_vec(const Half* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 
 FUSED_EMA_INLINE void store_vec(float* p, F32 x) { _mm256_storeu_ps(p, x.v); }
 FUSED_EMA_INLINE void store_vec(double* p, F64 x) { _mm256_storeu_pd(p, x.v); }
-FUSED_EMA_INLINE __m128i bfloat16_bits(F32 x) {
+
+// Sixteen bits an element.
+FUSED_EMA_INLINE __m128i load_bits(const void* p) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(p));
+}
+FUSED_EMA_INLINE void store_bits(void* p, __m128i bits) {
+  _mm_storeu_si128(static_cast<__m128i*>(p), bits);
+}
+FUSED_EMA_INLINE void stream_bits(void* p, __m128i bits) {
+  _mm_stream_si128(static_cast<__m128i*>(p), bits);
+}
+FUSED_EMA_INLINE F32 widened(BFloat16, __m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+FUSED_EMA_INLINE F32 widened(Half, __m128i bits) { return _mm256_cvtph_ps(bits); }
+FUSED_EMA_INLINE __m128i narrowed(BFloat16, F32 x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_srli_epi32(
@@ -125,72 +124,44 @@ FUSED_EMA_INLINE __m128i bfloat16_bits(F32 x) {
   const __m256i chosen = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(chosen), _mm256_extracti128_si256(chosen, 1));
 }
-FUSED_EMA_INLINE void store_vec(BFloat16* p, F32 x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bfloat16_bits(x));
+FUSED_EMA_INLINE __m128i narrowed(Half, F32 x) {
+  return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
-FUSED_EMA_INLINE void store_vec(Half* p, F32 x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
+
 FUSED_EMA_INLINE void stream_vec(float* p, F32 x) { _mm256_stream_ps(p, x.v); }
-FUSED_EMA_INLINE void stream_vec(BFloat16* p, F32 x) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p), bfloat16_bits(x));
-}
-FUSED_EMA_INLINE void stream_vec(Half* p, F32 x) {
-  _mm_stream_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 FUSED_EMA_INLINE void end_of_stream() { _mm_sfence(); }
-FUSED_EMA_INLINE F32 rounded_to(BFloat16, F32 x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bfloat16_bits(x)), 16));
-}
-FUSED_EMA_INLINE F32 rounded_to(Half, F32 x) {
-  return _mm256_cvtph_ps(_mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
 
 #else
 
-// One lane: the compiler vectorises what it can (NEON on arm64). Without an FMA unit the FMA is
-// libm's, slow and exact.
+// One lane: loop.h then takes every element with scalar(), and the compiler vectorises what it can
+// (NEON on arm64). Without an FMA unit the FMA is libm's, slow and exact.
 struct F32 {
   static constexpr int kLanes = 1;
-  float v;
-  FUSED_EMA_INLINE explicit F32(float x) : v(x) {}
 };
-FUSED_EMA_INLINE F32 operator-(F32 x, F32 y) { return F32(x.v - y.v); }
-FUSED_EMA_INLINE F32 operator*(F32 x, F32 y) { return F32(x.v * y.v); }
-FUSED_EMA_INLINE F32 fma(F32 x, F32 y, F32 z) { return F32(fused_ema::fma(x.v, y.v, z.v)); }
-
 struct F64 {
   static constexpr int kLanes = 1;
-  double v;
-  FUSED_EMA_INLINE explicit F64(double x) : v(x) {}
 };
-FUSED_EMA_INLINE F64 operator-(F64 x, F64 y) { return F64(x.v - y.v); }
-FUSED_EMA_INLINE F64 operator*(F64 x, F64 y) { return F64(x.v * y.v); }
-FUSED_EMA_INLINE F64 fma(F64 x, F64 y, F64 z) { return F64(fused_ema::fma(x.v, y.v, z.v)); }
+FUSED_EMA_INLINE void end_of_stream() {}
 
-FUSED_EMA_INLINE F64 load_vec(const double* p) { return F64(*p); }
+#endif
+
+// bf16 and fp16, through the bits of a vector of them.
 template <typename T>
 FUSED_EMA_INLINE F32 load_vec(const T* p) {
-  return F32(load(*p));
+  return widened(T{}, load_bits(p));
 }
-FUSED_EMA_INLINE void store_vec(double* p, F64 x) { *p = x.v; }
 template <typename T>
 FUSED_EMA_INLINE void store_vec(T* p, F32 x) {
-  *p = Stored<T>::from(x.v);
+  store_bits(p, narrowed(T{}, x));
 }
 template <typename T>
 FUSED_EMA_INLINE void stream_vec(T* p, F32 x) {
-  store_vec(p, x);
+  stream_bits(p, narrowed(T{}, x));
 }
-FUSED_EMA_INLINE void end_of_stream() {}
 template <typename T>
 FUSED_EMA_INLINE F32 rounded_to(T, F32 x) {
-  return F32(load(Stored<T>::from(x.v)));
+  return widened(T{}, narrowed(T{}, x));
 }
-
-#endif
 
 // An ema that is as wide as the arithmetic needs no rounding in between.
 FUSED_EMA_INLINE F32 rounded_to(float, F32 x) { return x; }
