@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "cpu/launch.h"
+#include "members.h"
 #include "ops.h"
 #include "plan.h"
 #include "records.h"
@@ -168,6 +169,11 @@ PYBIND11_MODULE(_C, m) {
       .def("describe", &describe)
       .def_property_readonly("num_refreshes", &Plan::num_refreshes);
 
+  m.def("hold_exactly", [](py::handle dicts, py::handle objects, py::handle versions) {
+    const int result = hold_exactly(dicts.ptr(), objects.ptr(), versions.ptr());
+    if (result < 0) throw py::error_already_set();
+    return result == 1;
+  });
   m.def("service_of", [](const std::string& device) {
     const Service service = service_of(at::Device(device));
     return py::make_tuple(service.backend, service.reason);

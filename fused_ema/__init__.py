@@ -4,9 +4,21 @@
 dtype pair. ``m`` is the momentum: the weight of the new value.
 """
 
+from fused_ema import schedules
 from fused_ema._version import __version__
 from fused_ema.info import Info, info
+from fused_ema.manager import EMAManager
 from fused_ema.ops import copy_, swap_, update_
 from fused_ema.plan import Plan
 
-__all__ = ["Info", "Plan", "__version__", "copy_", "info", "swap_", "update_"]
+__all__ = [
+    "EMAManager",
+    "Info",
+    "Plan",
+    "__version__",
+    "copy_",
+    "info",
+    "schedules",
+    "swap_",
+    "update_",
+]

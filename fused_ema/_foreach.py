@@ -126,7 +126,7 @@ def _check_overlap(
     for side, (tensors, written) in enumerate(zip(lists, writes, strict=True)):
         for index, tensor in enumerate(tensors):
             # Whether tensors with gaps overlap can't be told from their ranges (as in torch).
-            if tensor.numel() == 0 or tensor.device.type == "meta" or not _is_dense(tensor):
+            if tensor.numel() == 0 or tensor.device.type == "meta" or not is_dense(tensor):
                 continue
             start = tensor.data_ptr()
             if start == 0:  # A wrapper, whose memory is that of the tensors inside.
@@ -157,7 +157,8 @@ def _check_overlap(
                 last_write = entry
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill a range of memory, in any order."""
     return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
 
 

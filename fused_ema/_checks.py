@@ -1,0 +1,64 @@
+"""Checks of settings: a value that can be used, or an error that shows the one given.
+
+``where`` is what the error names, without ``fused_ema.``: a class, or a module and function.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from collections.abc import Sequence
+
+
+def number(where: str, name: str, value: float) -> float:
+    """A real number as a float; TypeError otherwise."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"fused_ema.{where}: {name} is a {type(value).__name__}; pass a number")
+    return float(value)
+
+
+def fraction(where: str, name: str, value: float) -> float:
+    """A momentum in [0, 1]."""
+    checked = number(where, name, value)
+    if not 0 <= checked <= 1:  # false for NaN too
+        raise ValueError(
+            f"fused_ema.{where}: {name} is {value}; it is the weight of the new value and must be "
+            "in [0, 1]"
+        )
+    return checked
+
+
+def positive(where: str, name: str, value: float) -> float:
+    """A finite number above 0."""
+    checked = number(where, name, value)
+    if not 0 < checked < math.inf:
+        raise ValueError(
+            f"fused_ema.{where}: {name} is {value}; it must be a finite number above 0"
+        )
+    return checked
+
+
+def count(where: str, name: str, value: int, least: int) -> int:
+    """A whole number of at least ``least``."""
+    try:
+        checked = operator.index(value)
+    except TypeError:
+        checked = least - 1
+    if isinstance(value, bool) or checked < least:
+        raise ValueError(
+            f"fused_ema.{where}: {name} is {value!r}; it must be a whole number from {least}"
+        )
+    return checked
+
+
+def patterns(where: str, name: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    """One string or several, as a tuple."""
+    checked = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in checked:
+        if not isinstance(pattern, str):
+            raise TypeError(
+                f"fused_ema.{where}: {name} holds a {type(pattern).__name__}; pass patterns as "
+                "strings"
+            )
+    return checked

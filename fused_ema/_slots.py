@@ -1,0 +1,222 @@
+"""The tensors of a model with their emas: one slot each, however many names it has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fused_ema import _storage
+from fused_ema._foreach import DTYPE_PAIRS, dtype_name
+from fused_ema._tracking import Member, Tree, group_tied
+from fused_ema.plan import Plan
+
+Kind = Literal["average", "copy", "keep"]
+"""Averaged; copied at every update; or kept as it was first cloned."""
+
+_NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One tracked tensor and its ema.
+
+    Attributes:
+        members: The model's tensors that are this memory; the first stands for all.
+        kind: What an update does with it.
+        ema: In the param's strides.
+        stage: Where the ema is on another device: room for the param's values there.
+        param_device: Where the param was when the ema was made.
+    """
+
+    members: tuple[Member, ...]
+    kind: Kind
+    ema: Tensor
+    stage: Tensor | None
+    param_device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.members[0].name
+
+    @property
+    def param(self) -> Tensor:
+        """The model's tensor."""
+        return self.members[0].tensor
+
+    @property
+    def source(self) -> Tensor:
+        """What the ema is updated from: on its own device."""
+        return self.param if self.stage is None else self.stage
+
+    def exchanges(self) -> bool:
+        """Whether a swap can exchange the two in place without losing a bit."""
+        return self.ema.dtype == self.param.dtype and self.stage is None
+
+    def seen_as(self, member: Member, values: Tensor) -> Tensor:
+        """Values in the param's layout, as that member of the slot shows them."""
+        tensor = member.tensor
+        if tensor.shape == self.param.shape and tensor.stride() == self.param.stride():
+            return values
+        # Tied by a transposed view: dense, so the ema has the same strides.
+        return values.as_strided(tensor.shape, tensor.stride(), values.storage_offset())
+
+
+class Tracked:
+    """Everything that follows from the tensors that a model has at the moment.
+
+    Attributes:
+        tree: The model that was read.
+        members: The tracked ones, in the model's order.
+        slots: Of these members; tied ones share one.
+        plan: Of the averaged slots.
+        copied: Slots to copy at each update.
+        followed: Slots to copy before the first average; the plan copies the averaged ones.
+        staged: Averaged slots whose param must be brought to the ema's device.
+    """
+
+    def __init__(self, tree: Tree, members: Sequence[Member], slots: Sequence[Slot]) -> None:
+        averaged = [slot for slot in slots if slot.kind == "average"]
+        self.tree = tree
+        self.members = members
+        self.slots = slots
+        self.plan = Plan(
+            [slot.ema for slot in averaged],
+            [slot.source for slot in averaged],
+            [slot.name for slot in averaged],
+        )
+        self.copied = [slot for slot in slots if slot.kind == "copy"]
+        self.followed = [slot for slot in slots if slot.kind != "average"]
+        self.staged = [slot for slot in averaged if slot.stage is not None]
+
+    def rebound(self, tree: Tree, now: Mapping[str, Member]) -> Tracked:
+        """The same slots with the tensors that now stand under their names."""
+        slots = [
+            replace(slot, members=tuple(now.get(m.name, m) for m in slot.members))
+            for slot in self.slots
+        ]
+        return Tracked(tree, [now.get(m.name, m) for m in self.members], slots)
+
+    def by_name(self, values_of: Callable[[int], Tensor]) -> dict[str, Tensor]:
+        """Name to values, from a function of the slot's index; in the model's order."""
+        found = {}
+        for index, slot in enumerate(self.slots):
+            values = values_of(index)
+            for member in slot.members:
+                found[member.name] = slot.seen_as(member, values)
+        return {member.name: found[member.name] for member in self.members}
+
+    def check_geometry(self, op: str, slots: Sequence[Slot] | None = None) -> None:
+        """Raises where a param no longer has its ema's shape, or the device it had."""
+        for slot in self.slots if slots is None else slots:
+            param = slot.param
+            if param.shape != slot.ema.shape:
+                raise ValueError(
+                    f"fused_ema.EMAManager.{op}: '{slot.name}' has shape {list(param.shape)} but "
+                    f"its ema has {list(slot.ema.shape)}; give it back its shape, or call "
+                    "refresh() to start its average anew"
+                )
+            if param.device != slot.param_device:
+                raise ValueError(
+                    f"fused_ema.EMAManager.{op}: '{slot.name}' is on {param.device} but was on "
+                    f"{slot.param_device} when the manager was made; move it back, or call "
+                    "refresh() to go on there"
+                )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How the ema of a tensor is kept.
+
+    Attributes:
+        ema_dtype: Of averaged tensors; "param" for the param's; None for float32 where
+            the param is bfloat16 or float16, and the param's elsewhere.
+        device: Of all emas; None for the param's.
+        copy_buffers: Whether buffers are copied instead of averaged.
+    """
+
+    ema_dtype: torch.dtype | Literal["param"] | None
+    device: torch.device | None
+    copy_buffers: bool
+
+    def __post_init__(self) -> None:
+        known = sorted({dtype_name(ema) for ema, _ in DTYPE_PAIRS})
+        given = self.ema_dtype
+        if isinstance(given, torch.dtype) and dtype_name(given) in known:
+            return
+        if given is not None and given != "param":
+            raise ValueError(
+                f"fused_ema.EMAManager: ema_dtype is {given!r}; choose None, 'param' or one of "
+                + ", ".join(f"torch.{name}" for name in known)
+            )
+
+    def track(self, tree: Tree, members: Sequence[Member]) -> Tracked:
+        """Slots for these members, with emas that are clones of the params."""
+        groups = group_tied(members)
+        kinds = [self._kind_of(group[0]) for group in groups]
+        dtypes = [self._dtype_of(group[0], kind) for group, kind in zip(groups, kinds, strict=True)]
+        params = [group[0].tensor for group in groups]
+        devices = [self.device or param.device for param in params]
+        emas = _storage.allocate(params, dtypes, devices)
+        away = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
+        stages = _storage.allocate(
+            [params[i] for i in away], [params[i].dtype for i in away], [devices[i] for i in away]
+        )
+        stage_of = dict(zip(away, stages, strict=True))
+        slots = [
+            Slot(tuple(group), kind, ema, stage_of.get(i), group[0].tensor.device)
+            for i, (group, kind, ema) in enumerate(zip(groups, kinds, emas, strict=True))
+        ]
+        tracked = Tracked(tree, members, slots)
+        _storage.copy(emas, params)
+        return tracked
+
+    def _kind_of(self, member: Member) -> Kind:
+        if member.is_buffer and self.copy_buffers:
+            return "copy"
+        if member.tensor.is_complex() and not member.is_buffer:
+            raise TypeError(
+                f"fused_ema.EMAManager: '{member.name}' is {member.tensor.dtype}, and complex "
+                "parameters can't be averaged; keep it as torch.view_as_real of it, or leave it "
+                "out with exclude="
+            )
+        return "average" if member.tensor.is_floating_point() else "keep"
+
+    def _dtype_of(self, member: Member, kind: Kind) -> torch.dtype:
+        own = member.tensor.dtype
+        if member.tensor.layout != torch.strided:
+            raise TypeError(
+                f"fused_ema.EMAManager: '{member.name}' has layout {member.tensor.layout}; only "
+                "dense tensors can be averaged, leave it out with exclude="
+            )
+        if kind != "average" or self.ema_dtype == "param":
+            dtype = own
+        elif self.ema_dtype is None:
+            dtype = torch.float32 if own in _NARROW else own
+        else:
+            dtype = self.ema_dtype
+        if kind == "average" and (dtype, own) not in DTYPE_PAIRS:
+            pairs = ", ".join("/".join(map(dtype_name, pair)) for pair in DTYPE_PAIRS)
+            raise TypeError(
+                f"fused_ema.EMAManager: '{member.name}' is {own} and its ema would be {dtype}; "
+                f"supported pairs (ema/param): {pairs}. Choose another ema_dtype, or leave it out "
+                "with exclude="
+            )
+        return dtype
+
+
+def needs_stage(ema_device: torch.device, param_device: torch.device) -> bool:
+    """Whether a param must be copied over before its ema can be updated."""
+    return ema_device != param_device
+
+
+def room_for_raw(slots: Sequence[Slot]) -> list[Tensor]:
+    """Memory for the params of these slots; where there is a stage, that."""
+    missing = [slot.param for slot in slots if slot.stage is None]
+    dtypes, devices = [p.dtype for p in missing], [p.device for p in missing]
+    made = iter(_storage.allocate(missing, dtypes, devices))
+    return [next(made) if slot.stage is None else slot.stage for slot in slots]

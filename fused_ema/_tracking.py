@@ -1,0 +1,190 @@
+"""What of a model is tracked, and whether the model still has it.
+
+Names are those of the user's own model: what DistributedDataParallel, DataParallel, torch.compile
+and activation checkpointing put in front of them is left out, at any depth.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from fused_ema import _native
+from fused_ema._foreach import is_dense
+
+# Children that stand for their parent: of torch.compile, activation checkpointing and FSDP1.
+_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+_NUM_SHOWN_NAMES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A parameter or persistent buffer of a model, under one of its names."""
+
+    name: str
+    tensor: Tensor
+    is_buffer: bool
+
+
+@dataclass(eq=False)
+class Tree:
+    """A model's members in the order of its ``state_dict()``, and the dicts that hold them.
+
+    Modules keep their parameters, buffers and children in dicts. As long as those hold the same
+    objects, the members are the same; to ask that is far cheaper than to walk the modules.
+    """
+
+    members: list[Member]
+    _dicts: tuple[dict[str, Any], ...]
+    _held: tuple[object, ...]
+    _versions: bytearray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._versions = bytearray(8 * len(self._dicts))
+
+    def is_current(self) -> bool:
+        """Whether every module still holds the very tensors and children that it held."""
+        if _native.C is not None:
+            unchanged: bool = _native.C.hold_exactly(self._dicts, self._held, self._versions)
+            return unchanged
+        return sum(map(len, self._dicts)) == len(self._held) and all(
+            map(operator.is_, chain.from_iterable(map(dict.values, self._dicts)), self._held)
+        )
+
+
+def read(model: nn.Module) -> Tree:
+    """Reads a model's parameters and persistent buffers; tied ones under each of their names.
+
+    Raises:
+        ValueError: Two members come to the same name, or one isn't initialised yet.
+    """
+    members: dict[str, Member] = {}
+    dicts: list[dict[str, Any]] = []
+
+    def add(name: str, tensor: Tensor, is_buffer: bool) -> None:
+        if is_lazy(tensor):
+            raise ValueError(
+                f"fused_ema.EMAManager: '{name}' of the model isn't initialised (a lazy module); "
+                "run one batch through the model first, as before making an optimizer"
+            )
+        known = members.setdefault(name, Member(name, tensor, is_buffer))
+        if known.tensor is not tensor:
+            raise ValueError(
+                f"fused_ema.EMAManager: two tensors of the model have the name '{name}' once the "
+                "names of wrappers are left out; rename one of the modules"
+            )
+
+    def visit(module: nn.Module, prefix: str, above: frozenset[int]) -> None:
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                add(prefix + key, parameter, is_buffer=False)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                add(prefix + key, buffer, is_buffer=True)
+        own = (module._parameters, module._buffers, module._modules)
+        # A ScriptModule's are no dicts; it can't be changed from Python either.
+        dicts.extend(held for held in own if isinstance(held, dict))
+        above |= {id(module)}
+        for key, child in module._modules.items():
+            if child is not None and id(child) not in above:
+                visit(child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
+
+    visit(model, "", frozenset())
+    held = tuple(chain.from_iterable(map(dict.values, dicts)))
+    return Tree(list(members.values()), tuple(dicts), held)
+
+
+def _stands_for(module: nn.Module, key: str) -> bool:
+    if key in _TRANSPARENT:
+        return True
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    return key == "module" and isinstance(module, wrappers)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which members are tracked."""
+
+    skip_buffers: bool
+    skip_frozen: bool
+    include: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+
+    def choose(self, members: Sequence[Member]) -> list[Member]:
+        """The tracked ones of these members.
+
+        Raises:
+            ValueError: A pattern matches no name, the model has no parameters, or none is left.
+        """
+        names = [member.name for member in members]
+        for what, patterns in (("include", self.include or ()), ("exclude", self.exclude)):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(
+                        f"fused_ema.EMAManager: {what} pattern '{pattern}' matches none of the "
+                        f"model's {len(names)} names: {shown(names)}"
+                    )
+        if all(member.is_buffer for member in members):
+            raise ValueError("fused_ema.EMAManager: the model has no parameters to average")
+        chosen = [member for member in members if self._has(member)]
+        if not chosen:
+            raise ValueError(
+                f"fused_ema.EMAManager: none of the model's {len(names)} parameters and buffers is "
+                f"left to track with {self}"
+            )
+        return chosen
+
+    def _has(self, member: Member) -> bool:
+        if member.is_buffer and self.skip_buffers:
+            return False
+        if self.skip_frozen and not member.is_buffer and not member.tensor.requires_grad:
+            return False
+        if self.include is not None and not _matches(member.name, self.include):
+            return False
+        return not _matches(member.name, self.exclude)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names for an error message; of many, the first."""
+    some = ", ".join(f"'{name}'" for name in names[:_NUM_SHOWN_NAMES])
+    left = len(names) - _NUM_SHOWN_NAMES
+    return f"{some} and {left} more" if left > 0 else some
+
+
+def group_tied(members: Sequence[Member]) -> list[list[Member]]:
+    """Members that are the same memory, together, in order of first appearance.
+
+    The same Parameter under two names, two over one memory, or one a transposed view of the other.
+    """
+    groups: dict[object, list[Member]] = {}
+    for member in members:
+        groups.setdefault(_memory_of(member.tensor), []).append(member)
+    return list(groups.values())
+
+
+def _memory_of(tensor: Tensor) -> object:
+    if not has_plain_memory(tensor) or tensor.numel() == 0:
+        return id(tensor)
+    if tensor.data_ptr() == 0:  # On the meta device, or freed for a while.
+        return id(tensor)
+    # A view with gaps is the same memory only as the very same view.
+    geometry = None if is_dense(tensor) else (tensor.shape, tensor.stride())
+    return tensor.device, tensor.data_ptr(), tensor.numel(), tensor.dtype, geometry
+
+
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Whether its elements lie in memory of its own: not so for a DTensor or a sparse tensor."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)

@@ -1,0 +1,559 @@
+"""The average of a model's weights: what is tracked, when it is updated, how it is swapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fused_ema import _checks, _slots, _storage, _tracking, state
+from fused_ema._foreach import check_form
+from fused_ema.ops import Form
+from fused_ema.schedules import Schedule
+
+_TITLE = "fused_ema.EMAManager"
+
+
+class EMAManager:
+    """Keeps the exponential moving average (EMA) of a model's weights during training.
+
+    Call :meth:`update` after every ``optimizer.step()``, and evaluate inside of :meth:`swapped`::
+
+        ema = (1 - m) * ema + m * param          m = momentum, the weight of the new value
+
+    The semantics are those of the EMA hooks of OpenMMLab's MMDetection 2.x: at the 0-based
+    iteration i an update runs where ``(i + 1) % interval == 0``, with ``momentum_fun(i)`` or the
+    constant momentum; only floating-point tensors are averaged; a swap exchanges every tracked
+    tensor. With ``form="mul_add"`` and ``ema_dtype="param"`` the bits are theirs as well.
+
+    Each tensor is tracked once, however many names it has, so tied weights are averaged once and
+    swapped right. Names are those of the model itself: what DistributedDataParallel, DataParallel,
+    torch.compile and activation checkpointing put in front of them is left out. The emas of one
+    dtype and device lie in one allocation, each in its param's strides.
+
+    A module or parameter that was replaced or added is an error at the next update or swap;
+    :meth:`refresh` takes the model as it is now. A buffer that the model assigns anew, with the
+    same shape, dtype and device, is followed. A manager belongs to one thread.
+
+    Args:
+        model: Its parameters and, unless ``skip_buffers``, its persistent buffers are tracked.
+            May be wrapped or compiled.
+        momentum: The weight of the new value, between 0 and 1, both excluded.
+        interval: Iterations from update to update, a whole number from 1. The momentum is used as
+            it is; :func:`fused_ema.schedules.composed` makes up for the interval.
+        skip_buffers: Track parameters only.
+        momentum_fun: The momentum as a function of the 0-based iteration, in [0, 1], instead of
+            the constant: one of :mod:`fused_ema.schedules` or your own.
+        form: ``"lerp"``, or ``"mul_add"`` for the bits of ``ema.mul_(1 - m).add_(param, alpha=m)``;
+            see :func:`fused_ema.update_`.
+        begin: The first iteration that averages. Before it the ema follows by copy, integer
+            buffers too, at every iteration whatever the interval.
+        ema_dtype: Of averaged tensors: a dtype, ``"param"`` for each param's own, or None for
+            float32 where the param is bfloat16 or float16 and the param's own elsewhere.
+        device: Of the emas; None for each param's own. On another device than the param's an
+            update first copies the param there, and waits for it.
+        copy_buffers: Copy buffers at every update, integer ones too, instead of averaging them.
+        skip_frozen: Leave parameters out that don't require a gradient now.
+        include: Track only names that match one of these patterns: shell-style, ``*`` matches
+            dots too, as in ``"backbone.*"``.
+        exclude: Leave out names that match one of these patterns.
+
+    Raises:
+        TypeError: The model is no module; a tensor whose dtype can't be averaged; a sparse one.
+        ValueError: A setting outside of its range, a model without parameters, a pattern that
+            matches nothing, a parameter that isn't initialised yet, tensors that overlap.
+
+    Example:
+        >>> ema = fused_ema.EMAManager(model, momentum=0.001)
+        >>> ema.update()  # after each optimizer.step()
+        >>> with ema.swapped():  # the model holds the average here
+        ...     loss = model(torch.ones(2)).sum()
+        >>> ema.num_updates
+        1
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        skip_buffers: bool = False,
+        momentum_fun: Schedule | None = None,
+        *,
+        form: Form = "lerp",
+        begin: int = 0,
+        ema_dtype: torch.dtype | Literal["param"] | None = None,
+        device: torch.device | str | None = None,
+        copy_buffers: bool = False,
+        skip_frozen: bool = False,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{_TITLE}: model is a {type(model).__name__}; pass a torch.nn.Module")
+        if momentum_fun is not None and not callable(momentum_fun):
+            raise TypeError(
+                f"{_TITLE}: momentum_fun is a {type(momentum_fun).__name__}; pass a function of "
+                "the iteration, such as fused_ema.schedules.exponential()"
+            )
+        if skip_buffers and copy_buffers:
+            raise ValueError(f"{_TITLE}: both skip_buffers and copy_buffers are set; choose one")
+        check_form("EMAManager", form)
+        self._model = model
+        self._momentum = _checked_momentum(momentum)
+        self._momentum_fun = momentum_fun
+        self._interval = _checks.count("EMAManager", "interval", interval, least=1)
+        self._begin = _checks.count("EMAManager", "begin", begin, least=0)
+        self._form: Form = form
+        self._policy = _slots.Policy(
+            ema_dtype,
+            None if device is None else torch.empty(0, device=device).device,
+            copy_buffers,
+        )
+        self._selection = _tracking.Selection(
+            skip_buffers,
+            skip_frozen,
+            None if include is None else _checks.patterns("EMAManager", "include", include),
+            _checks.patterns("EMAManager", "exclude", exclude),
+        )
+        self._iteration = 0
+        self._num_updates = 0
+        self._is_swapped = False
+        self._in_context = False
+        # While swapped: the raw values of the slots that aren't exchanged in place, by index.
+        self._aside: dict[int, Tensor] = {}
+        tree = _tracking.read(model)
+        self._tracked = self._policy.track(tree, self._selection.choose(tree.members))
+
+    # ---- what it is
+
+    @property
+    def iteration(self) -> int:
+        """The iteration that comes next: how many were offered, where nobody else counts."""
+        return self._iteration
+
+    @property
+    def num_updates(self) -> int:
+        """How many updates have averaged. Copies before ``begin`` don't count."""
+        return self._num_updates
+
+    @property
+    def is_swapped(self) -> bool:
+        """Whether the model holds the ema."""
+        return self._is_swapped
+
+    def momentum_at(self, iteration: int) -> float:
+        """The momentum of an update at a 0-based iteration.
+
+        Raises:
+            TypeError: ``momentum_fun`` returned no number.
+            ValueError: ``momentum_fun`` returned a number outside of [0, 1].
+        """
+        if self._momentum_fun is None:
+            return self._momentum
+        momentum = self._momentum_fun(iteration)
+        if not isinstance(momentum, (float, Real)):
+            raise TypeError(
+                f"{_TITLE}: momentum_fun({iteration}) returned a {type(momentum).__name__}; it "
+                "must return a number"
+            )
+        if not 0.0 <= momentum <= 1.0:  # false for NaN too
+            raise ValueError(
+                f"{_TITLE}: momentum_fun({iteration}) returned {momentum}; it is the weight of the "
+                "new value and must be in [0, 1]"
+            )
+        return float(momentum)
+
+    def named_emas(self) -> Iterator[tuple[str, Tensor]]:
+        """Yields each name and its average; tied tensors under each of their names.
+
+        While swapped the averages are the model's own tensors, where those are of the same dtype.
+        """
+        yield from self._tracked.by_name(self._ema_of).items()
+
+    def __repr__(self) -> str:
+        momentum = self._momentum if self._momentum_fun is None else self._momentum_fun
+        num_elements = sum(slot.ema.numel() for slot in self._tracked.slots)
+        return (
+            f"EMAManager({len(self._tracked.slots):,} tensors, {num_elements:,} elements, "
+            f"momentum={momentum}, interval={self._interval}, form={self._form!r}, "
+            f"iteration={self._iteration}, num_updates={self._num_updates}"
+            f"{', swapped' if self._is_swapped else ''})"
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{_TITLE}: a manager can't be copied or pickled, since it holds on to one model's "
+            "memory; save its state_dict(), and make a manager for the other model"
+        )
+
+    # ---- in training
+
+    def update(self, iteration: int | None = None) -> None:
+        """Offers an iteration: the ema moves where the interval says so. After each step.
+
+        Args:
+            iteration: Its 0-based number where somebody else counts; None to go on counting here.
+
+        Raises:
+            RuntimeError: The model is swapped, or its parameters were replaced or added.
+            TypeError: As :meth:`momentum_at`; a param was converted to a dtype that doesn't fit.
+            ValueError: As :meth:`momentum_at`; an iteration below 0; a param was resized, or moved
+                to another device.
+
+            Nothing has changed when an error is raised.
+        """
+        i = (
+            self._iteration
+            if iteration is None
+            else _checks.count("EMAManager.update", "iteration", iteration, 0)
+        )
+        if self._is_swapped:
+            raise RuntimeError(
+                f"{_TITLE}.update: the model holds the ema; "
+                + ("leave swapped()" if self._in_context else "call swap()")
+                + " first, so that the raw weights are back"
+            )
+        if i < self._begin:
+            self._apply(None)
+        elif (i + 1) % self._interval == 0:
+            self._apply(self.momentum_at(i))
+            self._num_updates += 1
+        self._iteration = i + 1
+
+    def register_step_post_hook(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+        """Makes an optimizer call :meth:`update` after each of its steps.
+
+        A step that a gradient scaler skips is no step, and with gradient accumulation there is one
+        update for each real step.
+
+        Returns:
+            A handle; its ``remove()`` ends it.
+
+        Raises:
+            TypeError: Not an optimizer.
+        """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"{_TITLE}.register_step_post_hook: optimizer is a {type(optimizer).__name__}; "
+                "pass a torch.optim.Optimizer"
+            )
+
+        def after_step(optimizer: object, args: object, kwargs: object) -> None:
+            self.update()
+
+        return optimizer.register_step_post_hook(after_step)
+
+    def _apply(self, momentum: float | None) -> None:
+        """Averages with that momentum, or copies everything where there is none."""
+        tracked = self._follow("update")
+        copied = tracked.followed if momentum is None else tracked.copied
+        if copied:
+            tracked.check_geometry("update", copied)
+        try:
+            if staged := tracked.staged:
+                _storage.copy([slot.source for slot in staged], [slot.param for slot in staged])
+            if momentum is None:
+                tracked.plan.copy_to_ema()
+            else:
+                tracked.plan.update(momentum, self._form)
+        except (TypeError, ValueError, RuntimeError):
+            tracked.check_geometry("update")  # Says it in the model's words.
+            raise
+        if copied:
+            _storage.copy([slot.ema for slot in copied], [slot.param for slot in copied])
+
+    # ---- for evaluation
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model holds the ema inside of the ``with``, and its raw weights again after it.
+
+        Whatever is raised inside, the raw weights come back. Nothing is allocated where ema and
+        param have one dtype: they are exchanged. Elsewhere the raw weights are set aside and the
+        ema is rounded into the model, so that the ema itself loses nothing; what is written to
+        such a param meanwhile is dropped.
+
+        Raises:
+            RuntimeError: The model is swapped already, or its parameters were replaced or added.
+            ValueError: A param was resized, or moved to another device.
+        """
+        self._refuse_if_swapped("swapped")
+        self._swap_in("swapped")
+        self._in_context = True
+        try:
+            yield
+        finally:
+            self._in_context = False
+            self._swap_out("swapped")
+
+    def swap(self) -> None:
+        """Exchanges the ema and the model's weights; a second call brings them back.
+
+        Raises:
+            RuntimeError: Inside of :meth:`swapped`; parameters were replaced or added.
+            ValueError: A param was resized, or moved to another device.
+        """
+        if self._in_context:
+            raise RuntimeError(
+                f"{_TITLE}.swap: inside of swapped(), which swaps back by itself; leave it first"
+            )
+        if self._is_swapped:
+            self._swap_out("swap")
+        else:
+            self._swap_in("swap")
+
+    def _swap_in(self, op: str) -> None:
+        tracked = self._follow(op)
+        tracked.check_geometry(op)
+        slots = tracked.slots
+        others = [i for i, slot in enumerate(slots) if not slot.exchanges()]
+        # All that may fail for want of memory comes before the first write to the model.
+        room = _slots.room_for_raw([slots[i] for i in others])
+        _storage.copy(room, [slots[i].param for i in others])
+        aside = dict(zip(others, room, strict=True))
+        try:
+            self._exchange(aside, [slots[i].ema for i in others])
+        except BaseException:
+            _storage.copy([slots[i].param for i in others], room)
+            raise
+        self._aside = aside
+        self._is_swapped = True
+
+    def _swap_out(self, op: str) -> None:
+        # What was swapped in must come out, whatever else has become of the model meanwhile.
+        tracked = self._tracked
+        if not tracked.tree.is_current():
+            now = {member.name: member for member in _tracking.read(self._model).members}
+            continued = {
+                was.name: now[was.name]
+                for was in tracked.members
+                if was.name in now and _is_continued(was, now[was.name])
+            }
+            # With the old tree: the next update finds out what else has changed.
+            self._tracked = tracked = tracked.rebound(tracked.tree, continued)
+        tracked.check_geometry(op)
+        self._exchange(self._aside, list(self._aside.values()))
+        self._aside = {}
+        self._is_swapped = False
+
+    def _exchange(self, aside: Mapping[int, Tensor], values: Sequence[Tensor]) -> None:
+        """Exchanges every slot but those set aside, whose params get the values."""
+        slots = self._tracked.slots
+        here = [slot for i, slot in enumerate(slots) if i not in aside]
+        emas, params = [slot.ema for slot in here], [slot.param for slot in here]
+        _storage.exchange(emas, params)
+        try:
+            _storage.copy([slots[i].param for i in aside], values)
+        except BaseException:
+            _storage.exchange(emas, params)
+            raise
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Copies the ema into a model, by name: this one for good, or another to keep or export.
+
+        Args:
+            model: Has a parameter or buffer of the same shape for each tracked name, in any
+                floating-point dtype and on any device. What isn't tracked stays as it is there.
+
+        Raises:
+            TypeError: The model is no module.
+            ValueError: Names are missing or shapes differ; the error lists them all.
+            RuntimeError: The tracked model itself, while it is swapped.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
+            )
+        members = {member.name: member for member in _tracking.read(model).members}
+        emas = self._tracked.by_name(self._ema_of)
+        problems = [f"'{name}' is missing in the model" for name in emas if name not in members]
+        problems += [
+            f"'{name}' has shape {list(members[name].tensor.shape)} but its ema has "
+            f"{list(ema.shape)}"
+            for name, ema in emas.items()
+            if name in members and members[name].tensor.shape != ema.shape
+        ]
+        if problems:
+            raise ValueError(
+                f"{_TITLE}.copy_to: the model doesn't fit; nothing was changed:\n  "
+                + "\n  ".join(problems)
+            )
+        tied = _tracking.group_tied([members[name] for name in emas])
+        if self._is_swapped:
+            own = {id(slot.param) for slot in self._tracked.slots}
+            if any(id(group[0].tensor) in own for group in tied):
+                raise RuntimeError(
+                    f"{_TITLE}.copy_to: the model is swapped, so it holds the ema already; swap "
+                    "back first"
+                )
+        _storage.copy([group[0].tensor for group in tied], [emas[group[0].name] for group in tied])
+
+    # ---- when the model has changed
+
+    def reset(self) -> None:
+        """Starts anew: every ema a clone of its param, no iteration seen.
+
+        After pretrained weights were loaded into the model, for one.
+
+        Raises:
+            RuntimeError: The model is swapped, or its parameters were replaced or added.
+            ValueError: A param was resized, or moved to another device.
+        """
+        self._refuse_if_swapped("reset")
+        tracked = self._follow("reset")
+        tracked.check_geometry("reset")
+        _storage.copy([slot.ema for slot in tracked.slots], [slot.param for slot in tracked.slots])
+        self._iteration = 0
+        self._num_updates = 0
+
+    def refresh(self) -> list[str]:
+        """Takes the model as it is now: parameters replaced, added, removed, resized or moved.
+
+        An average goes on where its name still stands for a tensor of the same shape; it moves to
+        the param's new device, unless the manager was given one. New ones start as clones.
+
+        Returns:
+            The names whose average started anew.
+
+        Raises:
+            RuntimeError: The model is swapped.
+            TypeError: As making a manager.
+            ValueError: As making a manager.
+        """
+        self._refuse_if_swapped("refresh")
+        old = self._tracked.by_name(self._ema_of)
+        tree = _tracking.read(self._model)
+        tracked = self._policy.track(tree, self._selection.choose(tree.members))
+        goes_on, started = [], []
+        for slot in tracked.slots:
+            before = old.get(slot.name)
+            if (
+                before is not None
+                and before.shape == slot.ema.shape
+                and before.is_floating_point() == slot.ema.is_floating_point()
+            ):
+                goes_on.append((slot.ema, before))
+            else:
+                started += [member.name for member in slot.members]
+        _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
+        self._tracked = tracked
+        return started
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The manager's state, by name; :mod:`fused_ema.state` says what is in it.
+
+        The tensors are the live ones, not copies, as in ``module.state_dict()``. Under ``"ema"``
+        stands the average, whether the model is swapped or not.
+        """
+        tracked = self._tracked
+        raw = {}
+        if self._is_swapped:
+            raw = tracked.by_name(lambda i: self._aside.get(i, tracked.slots[i].ema))
+        ema = tracked.by_name(self._ema_of)
+        return state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes over a state, before or after the model loads its own.
+
+        A state that was taken while swapped leaves the manager swapped: :meth:`swap` then brings
+        the raw weights of the state into the model.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned, on any device. A dtype that holds fewer
+                values than the saved one is an error; a wider one is filled exactly.
+
+        Raises:
+            TypeError: Not a dictionary.
+            ValueError: Another version, or names, shapes or dtypes that don't fit: one error that
+                lists them all.
+            RuntimeError: The model is swapped, or its parameters were replaced or added.
+
+            Nothing has changed when an error is raised.
+        """
+        self._refuse_if_swapped("load_state_dict")
+        tracked = self._follow("load_state_dict")
+        tracked.check_geometry("load_state_dict")
+        slots = tracked.slots
+        expected = {
+            member.name: state.Expected(member.tensor.shape, slot.ema.dtype, slot.param.dtype)
+            for slot in slots
+            for member in slot.members
+        }
+        tied = [[member.name for member in slot.members] for slot in slots]
+        loaded = state.unpack(state_dict, expected, tied)
+        aside: dict[int, Tensor] = {}
+        if loaded.is_swapped:
+            # All of it aside: so it doesn't matter what the model holds until it is swapped back.
+            room = _slots.room_for_raw(slots)
+            _storage.copy(room, [loaded.raw[slot.name] for slot in slots])
+            aside = dict(enumerate(room))
+        _storage.copy([slot.ema for slot in slots], [loaded.ema[slot.name] for slot in slots])
+        self._aside = aside
+        self._is_swapped = loaded.is_swapped
+        self._iteration = loaded.iteration
+        self._num_updates = loaded.num_updates
+
+    # ---- how it is kept
+
+    def _follow(self, op: str) -> _slots.Tracked:
+        """What is tracked, once it is certain that the model still has it."""
+        tracked = self._tracked
+        if tracked.tree.is_current():
+            return tracked
+        tree = _tracking.read(self._model)
+        now = {member.name: member for member in self._selection.choose(tree.members)}
+        was = {member.name: member for member in tracked.members}
+        changes = [
+            f"'{name}' was replaced"
+            for name in was
+            if name in now and not _is_continued(was[name], now[name])
+        ]
+        changes += [f"'{name}' is new" for name in now if name not in was]
+        changes += [f"'{name}' is gone" for name in was if name not in now]
+        if changes:
+            raise RuntimeError(
+                f"{_TITLE}.{op}: the model has changed since the manager was made; call refresh() "
+                "to go on with it as it is now, or undo the change:\n  " + "\n  ".join(changes)
+            )
+        self._tracked = tracked.rebound(tree, now)
+        return self._tracked
+
+    def _refuse_if_swapped(self, op: str) -> None:
+        if self._is_swapped:
+            raise RuntimeError(
+                f"{_TITLE}.{op}: the model is swapped already; "
+                + ("leave swapped()" if self._in_context else "call swap()")
+                + " first"
+            )
+
+    def _ema_of(self, index: int) -> Tensor:
+        slot = self._tracked.slots[index]
+        is_in_model = self._is_swapped and index not in self._aside
+        return slot.param.detach() if is_in_model else slot.ema
+
+
+def _is_continued(was: _tracking.Member, now: _tracking.Member) -> bool:
+    """Whether a name's tensor is the same, or a buffer assigned anew."""
+    a, b = was.tensor, now.tensor
+    if a is b:
+        return True
+    same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return same and was.is_buffer and now.is_buffer
+
+
+def _checked_momentum(value: float) -> float:
+    momentum = _checks.number("EMAManager", "momentum", value)
+    if not 0 < momentum < 1:  # False for NaN too.
+        raise ValueError(
+            f"{_TITLE}: momentum is {value}; it is the weight of the new value and must be between "
+            "0 and 1 (1 - decay, where you know it as a decay)"
+        )
+    return momentum

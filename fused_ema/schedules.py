@@ -1,0 +1,446 @@
+"""Momentum schedules: pure functions from a 0-based iteration to the weight of the new value.
+
+Each function here checks its settings and returns the schedule, which keeps no state: a resumed run
+has the momentum of the uninterrupted one. Pass it to
+:class:`fused_ema.EMAManager` as ``momentum_fun``.
+
+A decay ``d`` of another library is ``1 - m`` here. ``M`` is the momentum that a schedule comes to
+rest at, ``i`` the iteration. Libraries that count updates instead of iterations agree with these
+functions at an interval of 1; at others, wrap them in :func:`per_update`. Schedules are partials of
+functions of this module, so they print what they are, and pickle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from fused_ema._checks import count, fraction, positive
+
+Schedule = Callable[[int], float]
+"""Iteration, from 0, to the momentum of an update there, in [0, 1]."""
+
+__all__ = [
+    "Schedule",
+    "annealing",
+    "composed",
+    "constant",
+    "cosine",
+    "exponential",
+    "half_life",
+    "inverse_gamma",
+    "linear",
+    "per_update",
+    "power",
+    "ramp",
+    "saturating",
+    "swa",
+]
+
+
+def constant(momentum: float = 0.0002) -> Schedule:
+    """``m(i) = M``.
+
+    Args:
+        momentum: M, in [0, 1].
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> constant(0.001)(7)
+        0.001
+    """
+    return partial(_constant, momentum=fraction("schedules.constant", "momentum", momentum))
+
+
+def exponential(momentum: float = 0.0002, total_iter: float = 2000) -> Schedule:
+    """``m(i) = (1 - M) * exp(-(1 + i) / total_iter) + M``: falls from near 1 to M.
+
+    Source: the ExpMomentumEMAHook of OpenMMLab's MMDetection 2.x, whose defaults these are. Also
+    the decay ``D * (1 - exp(-n / tau))`` of YOLOv5, YOLOX and Ultralytics, which count n from 1;
+    :func:`saturating` counts it from 0.
+
+    Args:
+        momentum: M, in [0, 1].
+        total_iter: Iterations until the distance to M has shrunk by e. More than 0.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [round(exponential()(i), 5) for i in (0, 1000, 20000)]
+        [0.9995, 0.60631, 0.00025]
+    """
+    return partial(
+        _exponential,
+        momentum=fraction("schedules.exponential", "momentum", momentum),
+        total_iter=positive("schedules.exponential", "total_iter", total_iter),
+    )
+
+
+def linear(momentum: float = 0.0002, warm_up: float = 100, interval: int = 1) -> Schedule:
+    """``m(i) = min(M ** interval, (1 + i) / (warm_up + i))``.
+
+    Source: the LinearMomentumEMAHook of OpenMMLab's MMDetection 2.x, whose defaults these are. Two
+    traps are kept with it. The ramp starts at ``1 / warm_up``, far above the usual M, so it binds
+    only for a ``warm_up`` above ``1 / M``. And ``M ** interval`` goes the wrong way: an update
+    every k iterations needs a larger momentum, ``1 - (1 - M) ** k``, which is what :func:`composed`
+    gives.
+
+    Args:
+        momentum: M, in [0, 1].
+        warm_up: More than 0.
+        interval: The interval of the updates, a whole number from 1.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [linear(0.5, warm_up=4)(i) for i in range(4)]
+        [0.25, 0.4, 0.5, 0.5]
+    """
+    return partial(
+        _linear,
+        limit=fraction("schedules.linear", "momentum", momentum)
+        ** count("schedules.linear", "interval", interval, 1),
+        warm_up=positive("schedules.linear", "warm_up", warm_up),
+    )
+
+
+def inverse_gamma(
+    momentum: float = 1e-4,
+    gamma: float = 1.0,
+    exponent: float = 2 / 3,
+    max_momentum: float = 1.0,
+) -> Schedule:
+    """``m(i) = (1 + i / gamma) ** -exponent``, within ``[M, max_momentum]``.
+
+    Source: the warm-up of timm's ModelEmaV3, diffusers' EMAModel and ema-pytorch (decay ``1 - (1 +
+    t / inv_gamma) ** -power``), whose defaults these are. They reach t = 0 one step later than
+    iteration 0, and copy until then. With gamma 1, an exponent of 2/3 suits runs of a million
+    iterations and 3/4 shorter ones: momentum 1e-4 is reached at 1,000,000 and at 215,443.
+
+    Args:
+        momentum: M, the least momentum, in [0, max_momentum].
+        gamma: Iterations. More than 0.
+        exponent: More than 0.
+        max_momentum: In [0, 1].
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [round(inverse_gamma()(i), 4) for i in (0, 1, 7, 999, 10**7)]
+        [1.0, 0.63, 0.25, 0.01, 0.0001]
+    """
+    low = fraction("schedules.inverse_gamma", "momentum", momentum)
+    high = fraction("schedules.inverse_gamma", "max_momentum", max_momentum)
+    if low > high:
+        raise ValueError(
+            f"fused_ema.schedules.inverse_gamma: momentum is {momentum} but max_momentum is "
+            f"{max_momentum}; the momentum falls from the second to the first"
+        )
+    return partial(
+        _inverse_gamma,
+        low=low,
+        high=high,
+        gamma=positive("schedules.inverse_gamma", "gamma", gamma),
+        exponent=positive("schedules.inverse_gamma", "exponent", exponent),
+    )
+
+
+def ramp(momentum: float = 1e-4, warm_up: float = 10) -> Schedule:
+    """``m(i) = max(M, (warm_up - 1) / (warm_up + i))``.
+
+    Source: the decay ``min(D, (1 + n) / (10 + n))`` of TensorFlow's ExponentialMovingAverage,
+    which torch_ema, diffusers and the LitEma of latent diffusion models took over.
+
+    Args:
+        momentum: M, the least momentum, in [0, 1].
+        warm_up: The 10 of the formula, at least 1.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [round(ramp()(i), 5) for i in (0, 8, 990, 10**6)]
+        [0.9, 0.5, 0.009, 0.0001]
+    """
+    if positive("schedules.ramp", "warm_up", warm_up) < 1:
+        raise ValueError(f"fused_ema.schedules.ramp: warm_up is {warm_up}; it must be at least 1")
+    return partial(
+        _ramp, momentum=fraction("schedules.ramp", "momentum", momentum), warm_up=float(warm_up)
+    )
+
+
+def annealing(momentum: float = 0.0002, gamma: float = 100) -> Schedule:
+    """``m(i) = max(M, gamma / (gamma + i))``.
+
+    Source: the MomentumAnnealingEMA of OpenMMLab's MMEngine, whose defaults these are.
+
+    Args:
+        momentum: M, the least momentum, in [0, 1].
+        gamma: Iterations until the momentum is a half. More than 0.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [annealing()(i) for i in (0, 100, 300, 10**6)]
+        [1.0, 0.5, 0.25, 0.0002]
+    """
+    return partial(
+        _annealing,
+        momentum=fraction("schedules.annealing", "momentum", momentum),
+        gamma=positive("schedules.annealing", "gamma", gamma),
+    )
+
+
+def saturating(momentum: float = 1e-4, tau: float = 2000) -> Schedule:
+    """``m(i) = 1 - (1 - M) * (1 - exp(-i / tau))``: from 1, a copy, down to M.
+
+    Source: the decay ``D * (1 - exp(-n / tau))`` of YOLOv5, YOLOX and Ultralytics, with their
+    defaults, from n = 0. They count n from 1, which is :func:`exponential`.
+
+    Args:
+        momentum: M, in [0, 1].
+        tau: Iterations until the distance to M has shrunk by e. More than 0.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [round(saturating()(i), 5) for i in (0, 2000, 50000)]
+        [1.0, 0.36794, 0.0001]
+    """
+    return partial(
+        _saturating,
+        momentum=fraction("schedules.saturating", "momentum", momentum),
+        tau=positive("schedules.saturating", "tau", tau),
+    )
+
+
+def cosine(start: float, end: float, total_iter: float) -> Schedule:
+    """``m(i) = end + (start - end) * (1 + cos(pi * i / total_iter)) / 2``, then ``end``.
+
+    Source: the teacher momentum of BYOL and DINO. DINOv2's decay from 0.992 to 1 is
+    ``cosine(0.008, 0.0, total_iter)``.
+
+    Args:
+        start: The momentum at iteration 0, in [0, 1].
+        end: The momentum from ``total_iter`` on, in [0, 1].
+        total_iter: Iterations. More than 0.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [round(cosine(0.008, 0.0, 100)(i), 6) for i in (0, 50, 100, 200)]
+        [0.008, 0.004, 0.0, 0.0]
+    """
+    return partial(
+        _cosine,
+        start=fraction("schedules.cosine", "start", start),
+        end=fraction("schedules.cosine", "end", end),
+        total_iter=positive("schedules.cosine", "total_iter", total_iter),
+    )
+
+
+def swa() -> Schedule:
+    """``m(i) = 1 / (i + 1)``: the ema is the plain mean of all params so far.
+
+    Source: stochastic weight averaging (Izmailov et al. 2018), as torch.optim.swa_utils and
+    MMEngine's StochasticWeightAverage compute it. The first update replaces the start value. With
+    an interval or a later begin: ``per_update(swa(), interval, begin)``.
+
+    Example:
+        >>> [swa()(i) for i in range(4)]
+        [1.0, 0.5, 0.3333333333333333, 0.25]
+    """
+    return _swa
+
+
+def half_life(iterations: float, interval: int = 1, ramp_up: float | None = None) -> Schedule:
+    """``m(i) = 1 - 2 ** (-interval / H)``: after H iterations an old value weighs half.
+
+    Source: Composer's EMA (constant H); with ``ramp_up`` the ``H = min(iterations, ramp_up * (i +
+    1))`` of StyleGAN3 and of EDM2's traditional EMA, where 0.05 and 0.09 are the values. To count
+    images or tokens, divide by how many of them an iteration has.
+
+    Args:
+        iterations: The half-life, in iterations. More than 0.
+        interval: Iterations from update to update, a whole number from 1.
+        ramp_up: The half-life is at most this fraction of the iterations so far. More than 0, or
+            None for none.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> round(half_life(1000)(0), 6), round(half_life(1000, interval=1000)(0), 6)
+        (0.000693, 0.5)
+    """
+    return partial(
+        _half_life,
+        iterations=positive("schedules.half_life", "iterations", iterations),
+        interval=count("schedules.half_life", "interval", interval, 1),
+        ramp_up=None if ramp_up is None else positive("schedules.half_life", "ramp_up", ramp_up),
+    )
+
+
+def power(std: float = 0.10, interval: int = 1) -> Schedule:
+    """``m(i) = 1 - (1 - interval / t) ** (gamma + 1)``, ``t = max(i + 1, interval)``.
+
+    Averages with weights that grow as ``t ** gamma``, so that the width of what is averaged stays
+    the same fraction of the run, however long that gets.
+
+    Source: the power function EMA of Karras et al. 2024, "Analyzing and Improving the Training
+    Dynamics of Diffusion Models" (EDM2), where 0.05 and 0.10 are the values; std and gamma are tied
+    by ``std ** 2 = (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))``.
+
+    Args:
+        std: The standard deviation of the averaged times, as a fraction of the run: above 0, and
+            at most ``12 ** -0.5``, where gamma is 0 and all iterations weigh the same.
+        interval: Iterations from update to update, a whole number from 1.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [round(power(0.10)(i), 5) for i in (0, 1, 99, 9999)]
+        [1.0, 0.99592, 0.07667, 0.00079]
+    """
+    return partial(
+        _power,
+        exponent=_gamma_of_std(positive("schedules.power", "std", std)) + 1,
+        interval=count("schedules.power", "interval", interval, 1),
+    )
+
+
+def composed(momentum: float | Schedule, interval: int) -> Schedule:
+    """``m(i) = 1 - (1 - M) ** interval``: one update that weighs like one at every iteration.
+
+    What an interval above 1 needs to keep the time constant. M may be a schedule, which is then
+    asked at the iteration of the update.
+
+    Args:
+        momentum: M, in [0, 1], or a schedule.
+        interval: Iterations from update to update, a whole number from 1.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> round(composed(0.0002, interval=10)(9), 8)
+        0.0019982
+    """
+    schedule = momentum if callable(momentum) else constant(momentum)
+    return partial(
+        _composed, schedule=schedule, interval=count("schedules.composed", "interval", interval, 1)
+    )
+
+
+def per_update(schedule: Schedule, interval: int = 1, begin: int = 0) -> Schedule:
+    """A schedule asked with the number of updates so far instead of the iteration.
+
+    For an EMAManager with that interval and begin; its first update has number 0.
+
+    Args:
+        schedule: A function of the number of updates, from 0.
+        interval: Iterations from update to update, a whole number from 1.
+        begin: The iteration from which on updates run, a whole number from 0.
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> [per_update(swa(), interval=5)(i) for i in (4, 9, 14, 19)]
+        [1.0, 0.5, 0.3333333333333333, 0.25]
+    """
+    interval = count("schedules.per_update", "interval", interval, 1)
+    begin = count("schedules.per_update", "begin", begin, 0)
+    return partial(
+        _per_update, schedule=schedule, interval=interval, first=(begin + interval) // interval
+    )
+
+
+# ---- what the schedules compute
+
+
+def _constant(iteration: int, *, momentum: float) -> float:
+    return momentum
+
+
+def _exponential(iteration: int, *, momentum: float, total_iter: float) -> float:
+    return (1 - momentum) * math.exp(-(1 + iteration) / total_iter) + momentum
+
+
+def _linear(iteration: int, *, limit: float, warm_up: float) -> float:
+    return min(limit, (1 + iteration) / (warm_up + iteration))
+
+
+def _inverse_gamma(
+    iteration: int, *, low: float, high: float, gamma: float, exponent: float
+) -> float:
+    return min(high, max(low, math.pow(1 + iteration / gamma, -exponent)))
+
+
+def _ramp(iteration: int, *, momentum: float, warm_up: float) -> float:
+    return max(momentum, (warm_up - 1) / (warm_up + iteration))
+
+
+def _annealing(iteration: int, *, momentum: float, gamma: float) -> float:
+    return max(momentum, gamma / (gamma + iteration))
+
+
+def _saturating(iteration: int, *, momentum: float, tau: float) -> float:
+    return (1 - momentum) * math.exp(-iteration / tau) + momentum
+
+
+def _cosine(iteration: int, *, start: float, end: float, total_iter: float) -> float:
+    part = min(1.0, iteration / total_iter)
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+
+def _swa(iteration: int) -> float:
+    return 1 / (iteration + 1)
+
+
+def _half_life(iteration: int, *, iterations: float, interval: int, ramp_up: float | None) -> float:
+    if ramp_up is not None:
+        iterations = min(iterations, ramp_up * (iteration + 1))
+    return -math.expm1(-interval / iterations * math.log(2))
+
+
+def _power(iteration: int, *, exponent: float, interval: int) -> float:
+    # log1p and expm1: near the end of a long run 1 - x**y would keep few digits.
+    part = interval / max(iteration + 1, interval)
+    return 1.0 if part == 1 else -math.expm1(exponent * math.log1p(-part))
+
+
+def _composed(iteration: int, *, schedule: Schedule, interval: int) -> float:
+    momentum = schedule(iteration)
+    return 1.0 if momentum == 1 else -math.expm1(interval * math.log1p(-momentum))
+
+
+def _per_update(iteration: int, *, schedule: Schedule, interval: int, first: int) -> float:
+    return schedule((iteration + 1) // interval - first)
+
+
+def _gamma_of_std(std: float) -> float:
+    """The gamma >= 0 whose power function has that standard deviation, relative to its length."""
+
+    def std_of(gamma: float) -> float:
+        return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+    if std > std_of(0.0):
+        raise ValueError(
+            f"fused_ema.schedules.power: std is {std}; it must be at most {std_of(0.0):.4f}, that "
+            "of a plain mean's weights"
+        )
+    low, high = 0.0, 1 / std  # std_of falls with gamma and is below 1 / (gamma + 2).
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (middle, high) if std_of(middle) > std else (low, middle)
+    return low
