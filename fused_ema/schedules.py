@@ -426,7 +426,7 @@ def _composed(iteration: int, *, schedule: Schedule, interval: int) -> float:
 
 
 def _per_update(iteration: int, *, schedule: Schedule, interval: int, first: int) -> float:
-    return schedule((iteration + 1) // interval - first)
+    return schedule(max(0, (iteration + 1) // interval - first))
 
 
 def _gamma_of_std(std: float) -> float:
