@@ -36,9 +36,11 @@ void update(const Tensors& ema, const Tensors& params, double momentum,
     } else if (form == Form::kLerp && e.scalar_type() != p.scalar_type()) {
       e.lerp_(p.to(e.scalar_type()), momentum);
     } else if (form == Form::kMulAdd && e.is_cpu()) {
-      // On the CPU a C++ or foreach scalar is rounded to a bf16 or fp16 ema's dtype; the number
-      // that Python's mul_ takes is a 0-dim double, and isn't.
-      e.mul_(at::scalar_tensor(1.0 - momentum, at::kDouble)).add_(p, momentum);
+      // On the CPU a C++ or foreach scalar is rounded to a bf16 or fp16 ema's dtype. The number
+      // that Python's mul_ takes isn't: it is a 0-dim double, marked as one that promotes nothing.
+      const at::Tensor decay = at::scalar_tensor(1.0 - momentum, at::kDouble);
+      decay.unsafeGetTensorImpl()->set_wrapped_number(true);
+      e.mul_(decay).add_(p, momentum);
     } else {
       foreach_ema.push_back(e);
       foreach_params.push_back(p);

@@ -201,13 +201,12 @@ def update(
     for emas, parts in _by_device_and_dtype(ema, params):
         if isinstance(momentum, Tensor):
             _update_by_tensor(emas, parts, momentum, form)
+        elif form == "mul_add" and emas[0].device.type == "cpu":
+            # On the CPU foreach rounds 1 - m to a bf16 or fp16 ema's dtype, which mul_ doesn't.
+            for e, p in zip(emas, parts, strict=True):
+                e.mul_(1.0 - momentum).add_(p, alpha=momentum)
         elif form == "mul_add":
-            decay: float | Tensor = 1.0 - momentum
-            if emas[0].device.type == "cpu":
-                # A Python float would be rounded to a bf16 or fp16 ema's dtype first, which the
-                # loop that this replaces doesn't do; a 0-dim float64 tensor isn't.
-                decay = torch.tensor(decay, dtype=torch.float64)
-            torch._foreach_mul_(emas, decay)
+            torch._foreach_mul_(emas, 1.0 - momentum)
             torch._foreach_add_(emas, parts, alpha=momentum)
         elif emas[0].dtype == parts[0].dtype:
             torch._foreach_lerp_(emas, parts, momentum)

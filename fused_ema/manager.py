@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_ema import _checks, _slots, _storage, _tracking, state
-from fused_ema._foreach import check_form
+from fused_ema._foreach import check_form, dtype_name
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
@@ -512,12 +512,12 @@ class EMAManager:
         now = {member.name: member for member in self._selection.choose(tree.members)}
         was = {member.name: member for member in tracked.members}
         changes = [
-            f"'{name}' was replaced"
+            f"'{name}' was replaced: {_described(was[name])} before, {_described(now[name])} now"
             for name in was
             if name in now and not _is_continued(was[name], now[name])
         ]
-        changes += [f"'{name}' is new" for name in now if name not in was]
-        changes += [f"'{name}' is gone" for name in was if name not in now]
+        changes += [f"'{name}' is new: {_described(now[name])}" for name in now if name not in was]
+        changes += [f"'{name}' is gone: {_described(was[name])}" for name in was if name not in now]
         if changes:
             raise RuntimeError(
                 f"{_TITLE}.{op}: the model has changed since the manager was made; call refresh() "
@@ -540,13 +540,19 @@ class EMAManager:
         return slot.param.detach() if is_in_model else slot.ema
 
 
+def _described(member: _tracking.Member) -> str:
+    tensor = member.tensor
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} on {tensor.device}"
+
+
 def _is_continued(was: _tracking.Member, now: _tracking.Member) -> bool:
-    """Whether a name's tensor is the same, or a buffer assigned anew."""
+    """Whether a name's tensor is the same, or a buffer assigned anew or converted."""
     a, b = was.tensor, now.tensor
     if a is b:
         return True
-    same = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return same and was.is_buffer and now.is_buffer
+    same_kind = a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
+    same_place = a.shape == b.shape and a.device == b.device
+    return was.is_buffer and now.is_buffer and same_kind and same_place
 
 
 def _checked_momentum(value: float) -> float:
