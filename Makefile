@@ -27,6 +27,8 @@ CXX_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.c
 bench: build
 	mkdir -p $(OUT)
 	$(PY) -m bench --json $(OUT)/bench.json --plot $(OUT)/bench $(BENCH_ARGS)
+	$(PY) -m bench manager --json $(OUT)/manager.json
+	$(PY) -m bench train --json $(OUT)/train.json --plot $(OUT)/train
 
 test: build
 	$(PY) -m pytest $(PYTEST_ARGS)

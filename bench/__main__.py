@@ -1,6 +1,7 @@
 """python -m bench: measures fused_ema against torch on this machine.
 
-Each job is one table: a case, a dtype pair and an op. Its providers are checked against float64,
+The default command measures single ops; bench/train.py and bench/manager.py have the others. Each
+job is one table: a case, a dtype pair and an op. Its providers are checked against float64,
 then timed in turn (bench/timer.py says how); a provider with wrong values is named, not timed, and
 makes the run fail.
 """
@@ -17,8 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-import fused_ema
-from bench import cases, providers, report, timer
+from bench import cases, manager, providers, report, timer, train
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 
@@ -38,9 +38,6 @@ DEFAULT_SECONDS = 140.0
 _OVERRUN = 1.15  # No job starts later than this many times the seconds of the run.
 # A CPU moves about a hundredth of what a GPU does in the same time.
 DEFAULT_MAX_ELEMENTS = {"cpu": 2**26, "cuda": 2**30}
-# A thread that waits for its core holds up all others at the end of each op, and a loop has an op
-# a tensor. With one busy program on two cores foreach was seen 20 to 60 times slower.
-_OTHERS_SHARE = 0.05
 _MEMORY_SHARE = 0.6
 _RESERVED_BYTES = 2**30
 
@@ -356,27 +353,17 @@ def _names(known: Sequence[str], what: str) -> Callable[[str], list[str] | None]
     return parse
 
 
-def _number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
-        return value
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of the default command."""
     parser = argparse.ArgumentParser(
         "python -m bench",
         description="Measures fused_ema against torch on this machine. Lists are separated by "
         "commas; 'all' stands for every name.",
+        epilog="Other commands: "
+        + ", ".join(f"python -m bench {name}" for name in COMMANDS if name != "ops")
+        + ".",
     )
-    add = parser.add_argument
+    add, number = parser.add_argument, report.number
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--list", action="store_true", help="show every case, op, dtype pair and provider")
     add("--cases", type=_names(cases.names(), "case"), help="lists of tensors to run on")
@@ -384,12 +371,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtypes", type=_names(providers.DTYPE_PAIRS, "dtype pair"), help="as ema/param")
     add("--providers", type=_names(providers.names(), "provider"), help="who is measured")
     add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
-    add("--momentum", type=_number(float, 0, 1), default=DEFAULT_MOMENTUM, help="(%(default)s)")
-    add("--max-elements", type=_number(int, 1), help="scale larger cases down to this")
-    add("--memory-gb", type=_number(float, 0), help="use at most this much memory")
-    add("--rounds", type=_number(int, 1), help="exactly so many, instead of as time allows")
-    add("--seconds", type=_number(float, 0), default=DEFAULT_SECONDS, help="for all (%(default)s)")
-    add("--threads", type=_number(int, 1), help="of torch, on the CPU")
+    add("--momentum", type=number(float, 0, 1), default=DEFAULT_MOMENTUM, help="(%(default)s)")
+    add("--max-elements", type=number(int, 1), help="scale larger cases down to this")
+    add("--memory-gb", type=number(float, 0), help="use at most this much memory")
+    add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
+    add("--seconds", type=number(float, 0), default=DEFAULT_SECONDS, help="for all (%(default)s)")
+    add("--threads", type=number(int, 1), help="of torch, on the CPU")
     add("--json", type=Path, metavar="FILE", help="write one record a measurement")
     add("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
     return parser
@@ -419,32 +406,20 @@ def ops_main(argv: Sequence[str]) -> int:
         rounds=args.rounds,
         providers=args.providers,
     )
-    facts = report.environment(device)
-    print(f"{facts['device_name']}, torch {torch.__version__}, {facts['num_threads']} threads")
-    print(fused_ema.info(), flush=True)
-    start, others = time.perf_counter(), report.others_cpu_s()
-    with torch.no_grad():
+    with report.measuring(device) as facts, torch.no_grad():
         outcome = run(plan_jobs(args.cases, args.ops, args.dtypes), settings)
-    cpu_s = (time.perf_counter() - start) * facts["num_cpus"]
-    facts["others_cpu_share"] = round(max(0.0, report.others_cpu_s() - others) / cpu_s, 3)
 
     for table in [*report.tables(outcome.records), report.summary(outcome.records)]:
         report.show(table)
     for line in outcome.left_out:
         print(f"left out: {line}")
     if args.json:
-        report.write_json(args.json, facts, outcome.records, list(outcome.left_out))
-        print(f"wrote {args.json}")
+        content = {"left_out": list(outcome.left_out), "records": outcome.records}
+        report.write_json(args.json, facts, content)
     if args.plot:
-        print(f"wrote {', '.join(map(str, report.plot(outcome.records, args.plot)))}")
-    if facts["others_cpu_share"] > _OTHERS_SHARE:
-        print(
-            f"warning: other programs took {facts['others_cpu_share']:.0%} of the processors; "
-            "loops over many tensors then look far slower than they are: run it again"
-        )
-    for line in outcome.failures:
-        print(f"FAILED: {line}", file=sys.stderr)
-    return 1 if outcome.failures else 0
+        report.plot(outcome.records, args.plot)
+    report.warn_of_others(facts)
+    return report.print_failures(outcome.failures)
 
 
 def _list() -> None:
@@ -460,7 +435,11 @@ def _list() -> None:
 
 
 # The first word chooses; without one it is "ops".
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"ops": ops_main}
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "ops": ops_main,
+    "train": train.main,
+    "manager": manager.main,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

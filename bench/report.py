@@ -1,16 +1,19 @@
-"""What comes out: records, the JSON file, tables and the plot."""
+"""What comes out: records, the JSON file, tables and plots; and what all commands share."""
 
+import argparse
 import importlib
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,7 +25,10 @@ from bench.timer import Timing
 Record = dict[str, Any]
 
 SCHEMA = 1
-_COLORS = {"kernel": "#0b5fa5", "foreach": "#8fb3d3", "naive": "#d3d9df"}
+COLORS = {"kernel": "#0b5fa5", "foreach": "#8fb3d3", "naive": "#d3d9df"}
+# A thread that waits for its core holds up all others at the end of each op, and a loop has an op
+# a tensor. With one busy program on two cores foreach was seen 20 to 60 times slower.
+_OTHERS_SHARE = 0.05
 _PLOTTED_PAIRS = ("float32/float32", "float32/bfloat16")
 
 # ---- records
@@ -142,18 +148,68 @@ def others_cpu_s() -> float:
     return busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
-def write_json(
-    path: Path, facts: dict[str, Any], records: Sequence[Record], left_out: Sequence[str]
-) -> None:
-    """Writes everything of a run as one JSON object."""
-    content = {
-        "schema": SCHEMA,
-        "environment": facts,
-        "left_out": list(left_out),
-        "records": list(records),
+@contextmanager
+def measuring(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Prints and yields the environment; on leaving it also has the share of other programs."""
+    facts = environment(device)
+    print(f"{facts['device_name']}, torch {torch.__version__}, {facts['num_threads']} threads")
+    print(fused_ema.info(), flush=True)
+    start, others = time.perf_counter(), others_cpu_s()
+    yield facts
+    cpu_s = (time.perf_counter() - start) * facts["num_cpus"]
+    facts["others_cpu_share"] = round(max(0.0, others_cpu_s() - others) / cpu_s, 3)
+
+
+def warn_of_others(facts: dict[str, Any]) -> None:
+    """Says so where other programs took enough of the processors to spoil the figures."""
+    if facts["others_cpu_share"] > _OTHERS_SHARE:
+        print(
+            f"warning: other programs took {facts['others_cpu_share']:.0%} of the processors; "
+            "loops over many tensors then look far slower than they are: run it again"
+        )
+
+
+def microseconds(timing: Timing) -> Record:
+    """A timing as a record tells it where microseconds are the unit."""
+    return {
+        "us": timing.median * 1e6,
+        "us_p10": timing.p10 * 1e6,
+        "us_p90": timing.p90 * 1e6,
+        "rounds": timing.rounds,
     }
+
+
+def write_json(path: Path, facts: dict[str, Any], content: dict[str, Any]) -> None:
+    """Writes everything of a run as one JSON object."""
+    whole = {"schema": SCHEMA, "environment": facts, **content}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+# ---- command line
+
+
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: a number of that kind, both ends included."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+
+    return parse
+
+
+def print_failures(failures: Sequence[str]) -> int:
+    """Prints what has failed and returns the exit status."""
+    for line in failures:
+        print(f"FAILED: {line}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 # ---- tables
@@ -316,7 +372,7 @@ def plot(records: Sequence[Record], path: Path) -> list[Path]:
     For each case a bar for the kernel, the fastest foreach and the fastest naive loop, and a mark
     where a plain copy of the same memory ends. The number is the speed-up over the naive loop.
     """
-    plt = _pyplot()
+    plt = pyplot()
     panels = _panels(records)
     num_rows = max(map(len, panels.values()), default=1)
     figure, axes = plt.subplots(
@@ -339,12 +395,7 @@ def plot(records: Sequence[Record], path: Path) -> list[Path]:
         )
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
-    figure.savefig(files[0], dpi=150)
-    figure.savefig(files[1], metadata={"Date": None})
-    plt.close(figure)
-    return files
+    return save(figure, path)
 
 
 def _panels(records: Sequence[Record]) -> dict[str, list[list[Record]]]:
@@ -377,7 +428,7 @@ def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
                 at,
                 record["gb_per_s"],
                 height=bar * 0.92,
-                color=_COLORS[name],
+                color=COLORS[name],
                 label=label if y == 0 else None,
             )
         copy = next((r["gb_per_s"] for r in group if r["provider"] == OWN_COPY), 0.0)
@@ -399,18 +450,14 @@ def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
                 va="center",
                 fontsize=9,
                 fontweight="bold",
-                color=_COLORS["kernel"],
+                color=COLORS["kernel"],
             )
     axis.set_yticks(range(len(groups)), [_row_label(group[0]) for group in groups], fontsize=8.5)
     axis.margins(x=0.14)
     axis.set_xlim(left=0)
     axis.set_title(f"ema {ema}, params {param}", fontsize=10, loc="left")
     axis.set_xlabel("GB/s (number: speed-up over the naive loop)", fontsize=9)
-    axis.tick_params(axis="y", length=0)
-    axis.xaxis.grid(True, color="#e6e6e6")
-    axis.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
+    style(axis, "x")
 
 
 def _row_label(r: Record) -> str:
@@ -418,12 +465,33 @@ def _row_label(r: Record) -> str:
     return f"{r['title']}{scaled}\n{_size(r)}"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, for files."""
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("Agg")
     # Ids of an SVG are random otherwise, and every new plot would be a diff of the whole file.
     matplotlib.rcParams["svg.hashsalt"] = "fused_ema"
     return importlib.import_module("matplotlib.pyplot")
+
+
+def style(axis: Any, values: Literal["x", "y"]) -> None:
+    """The look of all plots: no frame, and a grid for the axis that has the values."""
+    axis.tick_params(axis="y", length=0)
+    axis.grid(True, axis=values, color="#e6e6e6")
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+
+
+def save(figure: Any, path: Path) -> list[Path]:
+    """Writes and closes a figure: `path`.png and `path`.svg, which it returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
+    figure.savefig(files[0], dpi=150)
+    figure.savefig(files[1], metadata={"Date": None})
+    pyplot().close(figure)
+    print(f"wrote {', '.join(map(str, files))}")
+    return files
 
 
 def find(package: str) -> ModuleType | None:

@@ -18,7 +18,10 @@ VALUES = [
     (schedules.exponential(0.5, 1), {0: 0.683940, 1: 0.567668}),
     (schedules.linear(), {0: 0.0002, 10**6: 0.0002}),  # 1/100 is above it from the start
     (schedules.linear(0.04, warm_up=100), {0: 0.01, 1: 2 / 101, 3: 4 / 103, 4: 0.04}),
-    (schedules.linear(0.1, warm_up=1000, interval=2), {0: 0.001, 8: 9 / 1008, 9: 10 / 1009, 10: 0.01}),
+    (
+        schedules.linear(0.1, warm_up=1000, interval=2),
+        {0: 0.001, 8: 9 / 1008, 9: 10 / 1009, 10: 0.01},
+    ),
     (schedules.inverse_gamma(), {0: 1.0, 7: 0.25, 26: 1 / 9, 999_999: 1e-4, 10**7: 1e-4}),
     (schedules.inverse_gamma(0.0, exponent=0.75), {15: 0.125, 9999: 1e-3}),
     (schedules.inverse_gamma(0.1, gamma=10, exponent=1, max_momentum=0.5), {0: 0.5, 30: 0.25}),

@@ -50,8 +50,7 @@ def test_what_is_in_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("within", [True, False])
-def test_under_ema_stands_the_ema_whatever_is_swapped(dtype, within):
+def test_under_ema_stands_the_ema_whatever_is_swapped(dtype):
     model, ema = trained(dtype)
     averages, raw = averages_of(ema), values_of(model)
     ema.swap()
@@ -77,7 +76,7 @@ def test_the_state_is_live_and_deduplicated_in_a_file():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_state_loads_into_another_manager(backend, dtype):
-    model, ema = trained(dtype)
+    _, ema = trained(dtype)
     other = Net(dtype, seed=5)
     raw = values_of(other)
     taken = EMAManager(other, 0.25)
@@ -93,7 +92,7 @@ def test_a_state_loads_into_another_manager(backend, dtype):
 
 
 def test_a_wider_ema_takes_a_narrower_one_exactly():
-    model, ema = trained(torch.bfloat16, ema_dtype="param")
+    _, ema = trained(torch.bfloat16, ema_dtype="param")
     taken = EMAManager(Net(torch.bfloat16), 0.25)
     taken.load_state_dict(ema.state_dict())
     found = dict(taken.named_emas())
@@ -109,10 +108,10 @@ def net_for_training():
 
 
 SETTINGS = (
-    dict(momentum_fun=schedules.exponential(0.01, 10)),
-    dict(momentum=0.1, interval=3, form="mul_add"),
-    dict(momentum=0.1, begin=6, interval=2),
-    dict(momentum=0.1, copy_buffers=True),
+    {"momentum_fun": schedules.exponential(0.01, 10)},
+    {"momentum": 0.1, "interval": 3, "form": "mul_add"},
+    {"momentum": 0.1, "begin": 6, "interval": 2},
+    {"momentum": 0.1, "copy_buffers": True},
 )
 NUM_STEPS = 10
 
