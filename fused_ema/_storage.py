@@ -38,10 +38,11 @@ def allocate(
         offsets.append(sizes.setdefault((dtype, device), 0))
         if has_plain_memory(tensor):
             sizes[dtype, device] += math.ceil(tensor.numel() / step) * step
-    flat = {
-        (dtype, device): torch.empty(size, dtype=dtype, device=device)
-        for (dtype, device), size in sizes.items()
-    }
+    with torch.inference_mode(False):  # Tensors made in it could never be written outside of it.
+        flat = {
+            (dtype, device): torch.empty(size, dtype=dtype, device=device)
+            for (dtype, device), size in sizes.items()
+        }
     made = []
     for tensor, dtype, device, offset in zip(like, dtypes, devices, offsets, strict=True):
         if has_plain_memory(tensor):

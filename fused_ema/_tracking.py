@@ -139,7 +139,8 @@ class Selection:
         if not chosen:
             raise ValueError(
                 f"fused_ema.EMAManager: none of the model's {len(names)} parameters and buffers is "
-                f"left to track with {self}"
+                f"left to track with skip_buffers={self.skip_buffers}, skip_frozen="
+                f"{self.skip_frozen}, include={self.include}, exclude={self.exclude}"
             )
         return chosen
 

@@ -47,8 +47,6 @@ class ReferenceHook:
 @pytest.mark.parametrize("skip_buffers", [False, True])
 @pytest.mark.parametrize("schedule", ["constant", "exponential", "linear"])
 def test_the_bits_of_the_reference_loop(backend, dtype, interval, skip_buffers, schedule):
-    if backend == "foreach" and (interval, schedule) != (2, "exponential"):
-        pytest.skip("the arithmetic is compared once without the kernels")
     fun = {
         "constant": None,
         "exponential": schedules.exponential(0.02, total_iter=5),
@@ -483,8 +481,24 @@ def test_swaps_do_not_disturb_autograd():
     model(torch.ones(3)).backward()
     with ema.swapped(), torch.inference_mode():
         model(torch.ones(3))
+    with torch.inference_mode(), ema.swapped():
+        model(torch.ones(3))
     assert model.weight.requires_grad
     assert model.weight.grad is not None
+    model(torch.ones(3)).backward()
+
+
+def test_a_manager_made_in_inference_mode_works_outside():
+    model = Net(torch.bfloat16)
+    with torch.inference_mode():
+        ema = EMAManager(model, 0.5)
+    move(model, 0)
+    ema.update()
+    with torch.inference_mode(), ema.swapped():
+        pass
+    with ema.swapped():
+        pass
+    assert ema.num_updates == 1
 
 
 OPS = {

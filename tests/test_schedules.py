@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import pickle
 
@@ -149,9 +148,3 @@ def test_a_setting_that_is_no_number():
 
 def test_repr_says_what_it_is():
     assert "momentum=0.001" in repr(schedules.constant(0.001))
-
-
-def test_docstring_examples():
-    result = doctest.testmod(schedules)
-    assert result.attempted == 13
-    assert result.failed == 0
