@@ -71,7 +71,8 @@ int hold_exactly(PyObject* dicts, PyObject* objects, PyObject* versions) {
     Py_ssize_t position = 0;
     PyObject* value = nullptr;
     while (same && PyDict_Next(dict, &position, nullptr, &value)) {
-      same = next < num_objects && value == PyTuple_GET_ITEM(objects, next++);
+      PyObject* expected = next < num_objects ? PyTuple_GET_ITEM(objects, next++) : nullptr;
+      same = value == expected || expected == Py_Ellipsis;
     }
     const uint64_t version = same ? version_of(dict) : 0;
     std::memcpy(seen + i * sizeof(uint64_t), &version, sizeof(version));

@@ -23,7 +23,8 @@ DTYPE_PAIRS: tuple[tuple[torch.dtype, torch.dtype], ...] = (
     (torch.bfloat16, torch.bfloat16),
     (torch.float16, torch.float16),
 )
-_EXCHANGE_PAIRS = DTYPE_PAIRS + tuple((b, a) for a, b in DTYPE_PAIRS if a != b)
+# Of swaps and copies: either way round.
+EXCHANGE_PAIRS = DTYPE_PAIRS + tuple((b, a) for a, b in DTYPE_PAIRS if a != b)
 _PAIRS = {"update_": DTYPE_PAIRS, "Plan": DTYPE_PAIRS}
 _SIDES = {"swap_": ("a", "b"), "copy_": ("dst", "src")}
 
@@ -78,7 +79,7 @@ def _check_pair(
                 f"{title}: {place} has layout {tensor.layout}; only dense tensors can be averaged, "
                 "pass .to_dense() or leave it out"
             )
-    pairs = _PAIRS.get(op, _EXCHANGE_PAIRS)
+    pairs = _PAIRS.get(op, EXCHANGE_PAIRS)
     if (a.dtype, b.dtype) not in pairs:
         listed = ", ".join(f"{dtype_name(x)}/{dtype_name(y)}" for x, y in pairs)
         raise TypeError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_ema import ops
-from fused_ema._foreach import DTYPE_PAIRS, is_dense
+from fused_ema._foreach import DTYPE_PAIRS, EXCHANGE_PAIRS, is_dense
 from fused_ema._tracking import has_plain_memory
 
 # Each tensor starts on a boundary of this many bytes: a cache line of a GPU, and any vector.
@@ -93,7 +93,7 @@ def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """Copies pairs of any dtypes and devices."""
     fast_dst, fast_src = [], []
     for d, s in zip(dst, src, strict=True):
-        if d.device == s.device and {d.dtype, s.dtype} <= _FLOATS:
+        if d.device == s.device and (d.dtype, s.dtype) in EXCHANGE_PAIRS:
             fast_dst.append(d)
             fast_src.append(s)
         else:

@@ -6,7 +6,6 @@ and activation checkpointing put in front of them is left out, at any depth.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -45,7 +44,7 @@ class Tree:
 
     members: list[Member]
     _dicts: tuple[dict[str, Any], ...]
-    _held: tuple[object, ...]
+    _held: tuple[object, ...]  # Their values; an Ellipsis stands for anything.
     _versions: bytearray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -56,8 +55,9 @@ class Tree:
         if _native.C is not None:
             unchanged: bool = _native.C.hold_exactly(self._dicts, self._held, self._versions)
             return unchanged
+        values = chain.from_iterable(map(dict.values, self._dicts))
         return sum(map(len, self._dicts)) == len(self._held) and all(
-            map(operator.is_, chain.from_iterable(map(dict.values, self._dicts)), self._held)
+            held is value or held is ... for held, value in zip(self._held, values, strict=True)
         )
 
 
@@ -69,6 +69,7 @@ def read(model: nn.Module) -> Tree:
     """
     members: dict[str, Member] = {}
     dicts: list[dict[str, Any]] = []
+    held: list[object] = []
 
     def add(name: str, tensor: Tensor, is_buffer: bool) -> None:
         if is_lazy(tensor):
@@ -90,17 +91,20 @@ def read(model: nn.Module) -> Tree:
         for key, buffer in module._buffers.items():
             if buffer is not None and key not in module._non_persistent_buffers_set:
                 add(prefix + key, buffer, is_buffer=True)
-        own = (module._parameters, module._buffers, module._modules)
-        # A ScriptModule's are no dicts; it can't be changed from Python either.
-        dicts.extend(held for held in own if isinstance(held, dict))
+        # A module may assign a buffer that isn't persistent anew in every forward.
+        passing = module._non_persistent_buffers_set
+        for own in (module._parameters, module._buffers, module._modules):
+            if isinstance(own, dict):  # A ScriptModule's are none, and don't change from Python.
+                dicts.append(own)
+                is_buffers = own is module._buffers
+                held.extend(... if is_buffers and k in passing else v for k, v in own.items())
         above |= {id(module)}
         for key, child in module._modules.items():
             if child is not None and id(child) not in above:
                 visit(child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
 
     visit(model, "", frozenset())
-    held = tuple(chain.from_iterable(map(dict.values, dicts)))
-    return Tree(list(members.values()), tuple(dicts), held)
+    return Tree(list(members.values()), tuple(dicts), tuple(held))
 
 
 def _stands_for(module: nn.Module, key: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, Literal
 
@@ -329,7 +329,9 @@ class EMAManager:
         # What was swapped in must come out, whatever else has become of the model meanwhile.
         tracked = self._tracked
         if not tracked.tree.is_current():
-            now = {member.name: member for member in _tracking.read(self._model).members}
+            now: dict[str, _tracking.Member] = {}
+            with suppress(ValueError):  # A member that isn't initialised, say.
+                now = {member.name: member for member in _tracking.read(self._model).members}
             continued = {
                 was.name: now[was.name]
                 for was in tracked.members
@@ -495,7 +497,11 @@ class EMAManager:
             room = _slots.room_for_raw(slots)
             _storage.copy(room, [loaded.raw[slot.name] for slot in slots])
             aside = dict(enumerate(room))
-        _storage.copy([slot.ema for slot in slots], [loaded.ema[slot.name] for slot in slots])
+        own = [slot.ema for slot in slots]
+        given = [loaded.ema[slot.name] for slot in slots]
+        # The manager's own live state is its state already, and copies may not overlap.
+        other = [i for i, e in enumerate(own) if not _is_same_memory(e, given[i])]
+        _storage.copy([own[i] for i in other], [given[i] for i in other])
         self._aside = aside
         self._is_swapped = loaded.is_swapped
         self._iteration = loaded.iteration
@@ -553,6 +559,10 @@ def _is_continued(was: _tracking.Member, now: _tracking.Member) -> bool:
     same_kind = a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
     same_place = a.shape == b.shape and a.device == b.device
     return was.is_buffer and now.is_buffer and same_kind and same_place
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
 
 
 def _checked_momentum(value: float) -> float:

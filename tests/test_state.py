@@ -91,13 +91,28 @@ def test_a_state_loads_into_another_manager(backend, dtype):
     assert (taken.iteration, taken.num_updates) == (4, 4)
 
 
-def test_a_wider_ema_takes_a_narrower_one_exactly():
-    _, ema = trained(torch.bfloat16, ema_dtype="param")
-    taken = EMAManager(Net(torch.bfloat16), 0.25)
+@pytest.mark.parametrize(
+    ("saved", "params", "kept"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_a_wider_ema_takes_a_narrower_one_exactly(backend, saved, params, kept):
+    _, ema = trained(saved, ema_dtype="param")
+    taken = EMAManager(Net(params), 0.25)
     taken.load_state_dict(ema.state_dict())
     found = dict(taken.named_emas())
     for name, tensor in averages_of(ema).items():
-        same(found[name], tensor.float() if tensor.is_floating_point() else tensor, name)
+        same(found[name], tensor.to(kept) if tensor.is_floating_point() else tensor, name)
+
+
+def test_a_manager_s_own_state_is_no_news():
+    _, ema = trained()
+    averages = averages_of(ema)
+    ema.load_state_dict(ema.state_dict())
+    assert_same(ema.named_emas(), averages)
 
 
 def net_for_training():
