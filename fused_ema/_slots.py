@@ -77,6 +77,8 @@ class Tracked:
         copied: Slots to copy at each update.
         followed: Slots to copy before the first average; the plan copies the averaged ones.
         staged: Averaged slots whose param must be brought to the ema's device.
+        tied: Slots whose members are several tensors over one memory, which a conversion or a
+            move of the model may part.
     """
 
     def __init__(self, tree: Tree, members: Sequence[Member], slots: Sequence[Slot]) -> None:
@@ -92,6 +94,9 @@ class Tracked:
         self.copied = [slot for slot in slots if slot.kind == "copy"]
         self.followed = [slot for slot in slots if slot.kind != "average"]
         self.staged = [slot for slot in averaged if slot.stage is not None]
+        self.tied = [
+            slot for slot in slots if any(m.tensor is not slot.param for m in slot.members)
+        ]
 
     def rebound(self, tree: Tree, now: Mapping[str, Member]) -> Tracked:
         """The same slots with the tensors that now stand under their names."""
@@ -111,7 +116,7 @@ class Tracked:
         return {member.name: found[member.name] for member in self.members}
 
     def check_geometry(self, op: str, slots: Sequence[Slot] | None = None) -> None:
-        """Raises where a param no longer has its ema's shape, or the device it had."""
+        """Raises where a param no longer has its ema's shape, or its device, or its ties."""
         for slot in self.slots if slots is None else slots:
             param = slot.param
             if param.shape != slot.ema.shape:
@@ -126,6 +131,14 @@ class Tracked:
                     f"{slot.param_device} when the manager was made; move it back, or call "
                     "refresh() to go on there"
                 )
+            for member in slot.members:
+                tensor = member.tensor
+                if tensor is not param and tensor.data_ptr() != param.data_ptr():
+                    raise ValueError(
+                        f"fused_ema.EMAManager.{op}: '{member.name}' is no longer tied to "
+                        f"'{slot.name}', as it was when the manager was made; tie them again, or "
+                        "call refresh() to average each by itself"
+                    )
 
 
 @dataclass(frozen=True)

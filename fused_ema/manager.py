@@ -253,8 +253,8 @@ class EMAManager:
         """Averages with that momentum, or copies everything where there is none."""
         tracked = self._follow("update")
         copied = tracked.followed if momentum is None else tracked.copied
-        if copied:
-            tracked.check_geometry("update", copied)
+        if tracked.tied or copied:
+            tracked.check_geometry("update", (*tracked.tied, *copied))
         try:
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.param for slot in staged])

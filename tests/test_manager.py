@@ -40,6 +40,15 @@ class ReferenceHook:
                 self.ema[name].mul_(1 - m).add_(tensor, alpha=m)
 
 
+OPS = {
+    "update": lambda ema: ema.update(),
+    "swap": lambda ema: ema.swap(),
+    "swapped": lambda ema: ema.swapped().__enter__(),
+    "reset": lambda ema: ema.reset(),
+    "load_state_dict": lambda ema: ema.load_state_dict(copy.deepcopy(ema.state_dict())),
+}
+
+
 # ---- the reference semantics
 
 
@@ -247,6 +256,23 @@ def test_tied_tensors_are_averaged_once_and_swapped_right(backend):
         assert_bits_equal(model.d.weight, expected.t())
     assert_same(model.state_dict(), raw)
     assert_same(ema.named_emas(), found)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_tied_tensors_that_were_parted(op):
+    model = three_kinds_of_ties()
+    ema = EMAManager(model, 0.5)
+    model.c.weight.data = model.c.weight.data.clone()  # As model.to(...) does to this kind of tie.
+    message = rf"EMAManager\.{op}: 'c.weight' is no longer tied to 'a.weight', .* refresh\(\)"
+    with pytest.raises(ValueError, match=message):
+        OPS[op](ema)
+    assert ema.iteration == 0
+    assert ema.refresh() == []
+    with torch.no_grad():
+        model.c.weight.add_(1)
+    ema.update()
+    found = dict(ema.named_emas())
+    assert_bits_equal(found["c.weight"], found["a.weight"].lerp(model.c.weight.detach(), 0.5))
 
 
 def test_one_allocation_for_each_dtype_and_device():
@@ -500,15 +526,6 @@ def test_a_manager_made_in_inference_mode_works_outside():
     with ema.swapped():
         pass
     assert ema.num_updates == 1
-
-
-OPS = {
-    "update": lambda ema: ema.update(),
-    "swap": lambda ema: ema.swap(),
-    "swapped": lambda ema: ema.swapped().__enter__(),
-    "reset": lambda ema: ema.reset(),
-    "load_state_dict": lambda ema: ema.load_state_dict(copy.deepcopy(ema.state_dict())),
-}
 
 
 @pytest.mark.parametrize("op", [*(OPS.keys() - {"swap"}), "refresh"])
