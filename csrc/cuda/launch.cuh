@@ -69,10 +69,12 @@ Status launch_source(const Source& source, const typename Op::Args& args, Stream
                         (uint64_t{source.num_warp_tiles} + kWarpsPerBlock - 1) / kWarpsPerBlock;
   if (grid == 0) return cudaSuccess;
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
-  tile_loop_kernel<Op, A, B, Source>
-      <<<static_cast<uint32_t>(grid), kThreadsPerBlock, 0, static_cast<cudaStream_t>(stream)>>>(
-          source, args);
-  return cudaGetLastError();
+  // Not <<<>>>, so that a host compiler reads this file too (tests/host/).
+  cudaLaunchConfig_t config{};
+  config.gridDim.x = static_cast<uint32_t>(grid);
+  config.blockDim.x = kThreadsPerBlock;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, tile_loop_kernel<Op, A, B, Source>, source, args);
 }
 
 template <typename Op, typename A, typename B>
