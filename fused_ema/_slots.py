@@ -131,7 +131,7 @@ class Tracked:
                     f"{slot.param_device} when the manager was made; move it back, or call "
                     "refresh() to go on there"
                 )
-            for member in slot.members:
+            for member in slot.members[1:]:
                 tensor = member.tensor
                 if tensor is not param and tensor.data_ptr() != param.data_ptr():
                     raise ValueError(

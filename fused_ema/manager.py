@@ -346,14 +346,27 @@ class EMAManager:
 
     def _exchange(self, aside: Mapping[int, Tensor], values: Sequence[Tensor]) -> None:
         """Exchanges every slot but those set aside, whose params get the values."""
-        slots = self._tracked.slots
-        here = [slot for i, slot in enumerate(slots) if i not in aside]
-        emas, params = [slot.ema for slot in here], [slot.param for slot in here]
-        _storage.exchange(emas, params)
-        try:
-            _storage.copy([slots[i].param for i in aside], values)
-        except BaseException:
+        tracked = self._tracked
+        here = [slot for i, slot in enumerate(tracked.slots) if i not in aside]
+        # The plan has its table already, and takes its pairs in one launch; but only all of them.
+        by_plan = sum(slot.kind == "average" for slot in here) == len(tracked.plan)
+        rest = [slot for slot in here if slot.kind != "average"] if by_plan else here
+        emas, params = [slot.ema for slot in rest], [slot.param for slot in rest]
+
+        def exchange() -> None:
             _storage.exchange(emas, params)
+            if by_plan:
+                try:
+                    tracked.plan.swap()
+                except BaseException:
+                    _storage.exchange(emas, params)
+                    raise
+
+        exchange()
+        try:
+            _storage.copy([tracked.slots[i].param for i in aside], values)
+        except BaseException:
+            exchange()
             raise
 
     def copy_to(self, model: nn.Module) -> None:
