@@ -12,27 +12,41 @@
 namespace fused_ema {
 namespace {
 
-// The dicts of a large model are cold, and nothing else tells the processor where they are.
-constexpr Py_ssize_t kDictsAhead = 16;
+uint64_t version_at(const char* versions, Py_ssize_t i) {
+  uint64_t version;
+  std::memcpy(&version, versions + i * sizeof(version), sizeof(version));
+  return version;
+}
 
-// Changes whenever the dict is written to, and is never 0; or 0 where Python has no such number
-// (PEP 509 added it, PEP 699 removed it in 3.14).
-uint64_t version_of(PyObject* dict) {
+// The dicts of a large model lie anywhere; with less their misses don't overlap.
+constexpr Py_ssize_t kDictsAhead = 64;
+
+// Python counts the writes to a dict, all dicts together from 1 on (PEP 509), up to 3.13 (PEP 699).
 #if PY_VERSION_HEX < 0x030E0000
+constexpr bool kHasVersions = true;
+uint64_t version_of(PyObject* dict) {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"
   return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
 #pragma GCC diagnostic pop
-#else
-  (void)dict;
-  return 0;
-#endif
 }
+#else
+constexpr bool kHasVersions = false;
+uint64_t version_of(PyObject*) { return 0; }
+#endif
 
-bool is_known(PyObject* dict, const char* seen) {
-  uint64_t version;
-  std::memcpy(&version, seen, sizeof(version));
-  return version != 0 && version == version_of(dict);
+// Whether these dicts have these versions. Versions other than 0 were stored by a walk that found
+// dicts here, and the tuple can't change; so nothing is asked of an object but its version.
+bool have_versions(PyObject* dicts, const char* versions) {
+  if (!kHasVersions) return false;
+  const Py_ssize_t size = PyTuple_GET_SIZE(dicts);
+  if (size > 0 && version_at(versions, 0) == 0) return false;
+  uint64_t changed = 0;  // One branch at the end: the loads don't wait for one another.
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (i + kDictsAhead < size) __builtin_prefetch(PyTuple_GET_ITEM(dicts, i + kDictsAhead));
+    changed |= version_of(PyTuple_GET_ITEM(dicts, i)) ^ version_at(versions, i);
+  }
+  return changed == 0;
 }
 
 }  // namespace
@@ -50,15 +64,9 @@ int hold_exactly(PyObject* dicts, PyObject* objects, PyObject* versions) {
     return -1;
   }
   char* seen = PyByteArray_AS_STRING(versions);
-  bool same = true;
-  for (Py_ssize_t i = 0; same && i < num_dicts; ++i) {
-    if (i + kDictsAhead < num_dicts) __builtin_prefetch(PyTuple_GET_ITEM(dicts, i + kDictsAhead));
-    PyObject* dict = PyTuple_GET_ITEM(dicts, i);
-    same = PyDict_Check(dict) && is_known(dict, seen + i * sizeof(uint64_t));
-  }
-  if (same) return 1;
+  if (have_versions(dicts, seen)) return 1;
 
-  same = true;
+  bool same = true;
   Py_ssize_t next = 0;
   for (Py_ssize_t i = 0; same && i < num_dicts; ++i) {
     PyObject* dict = PyTuple_GET_ITEM(dicts, i);
