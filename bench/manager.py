@@ -78,7 +78,8 @@ def make_model(num_tensors: int, device: torch.device) -> nn.Module:
 
 
 def make_rows(num_tensors: int, device: torch.device) -> dict[str, Row]:
-    """All rows, each with a model of its own."""
+    """All rows; those of the manager share one model."""
+    model = make_model(num_tensors, device)
 
     def managed(
         title: str,
@@ -86,11 +87,15 @@ def make_rows(num_tensors: int, device: torch.device) -> dict[str, Row]:
         averages: bool = True,
         **settings: Any,
     ) -> Row:
-        model = make_model(num_tensors, device)
         manager = fused_ema.EMAManager(model, MOMENTUM, form=FORM, **settings)
+        # All on the same memory: two lists of equal tensors may differ by more, by where they lie,
+        # than the manager costs.
+        manager._tracked = shared._tracked
         lists = Lists([ema for _, ema in manager.named_emas()], list(model.parameters()))
         momentum = partial(_next_momentum, manager) if averages else None
         return Row(title, call_of(manager), lists, momentum)
+
+    shared = fused_ema.EMAManager(model, MOMENTUM, form=FORM)
 
     def naive(
         title: str, call_of: Callable[[nn.Module, NaiveEMA], Call], averages: bool = True
@@ -101,8 +106,6 @@ def make_rows(num_tensors: int, device: torch.device) -> dict[str, Row]:
         return Row(title, call_of(model, loop), lists, (lambda: MOMENTUM) if averages else None)
 
     return {
-        # The plan of another manager: of one made by hand each ema would be an allocation of its
-        # own, and the difference to the manager would be that between two kinds of memory.
         "plan": managed(
             "Plan.update", lambda manager: partial(manager._tracked.plan.update, MOMENTUM, FORM)
         ),

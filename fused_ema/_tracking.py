@@ -35,6 +35,29 @@ class Member:
 
 
 @dataclass(eq=False)
+class _Watch:
+    """Dicts, and what they hold, one after the other; an Ellipsis stands for anything."""
+
+    dicts: tuple[dict[str, Any], ...]
+    held: tuple[object, ...]
+    versions: bytearray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = bytearray(8 * len(self.dicts))
+
+    def is_unchanged(self) -> bool:
+        if _native.C is not None:
+            unchanged: bool = _native.C.hold_exactly(self.dicts, self.held, self.versions)
+            return unchanged
+        values = chain.from_iterable(map(dict.values, self.dicts))
+        return sum(map(len, self.dicts)) == len(self.held) and all(
+            held is value or held is ... for held, value in zip(self.held, values, strict=True)
+        )
+
+
+NUM_TURNS = 8
+
+
 class Tree:
     """A model's members in the order of its ``state_dict()``, and the dicts that hold them.
 
@@ -42,23 +65,31 @@ class Tree:
     objects, the members are the same; to ask that is far cheaper than to walk the modules.
     """
 
-    members: list[Member]
-    _dicts: tuple[dict[str, Any], ...]
-    _held: tuple[object, ...]  # Their values; an Ellipsis stands for anything.
-    _versions: bytearray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._versions = bytearray(8 * len(self._dicts))
+    def __init__(
+        self, members: list[Member], contents: Sequence[tuple[dict[str, Any], Sequence[object]]]
+    ) -> None:
+        self.members = members
+        filled = [(owned, held) for owned, held in contents if held]
+        empty = [owned for owned, held in contents if not held]
+        self._filled = _Watch(
+            tuple(owned for owned, _ in filled),
+            tuple(chain.from_iterable(held for _, held in filled)),
+        )
+        self._empty = [_Watch(tuple(empty[turn::NUM_TURNS]), ()) for turn in range(NUM_TURNS)]
+        self._turn = 0
 
     def is_current(self) -> bool:
         """Whether every module still holds the very tensors and children that it held."""
-        if _native.C is not None:
-            unchanged: bool = _native.C.hold_exactly(self._dicts, self._held, self._versions)
-            return unchanged
-        values = chain.from_iterable(map(dict.values, self._dicts))
-        return sum(map(len, self._dicts)) == len(self._held) and all(
-            held is value or held is ... for held, value in zip(self._held, values, strict=True)
-        )
+        return self._filled.is_unchanged() and all(watch.is_unchanged() for watch in self._empty)
+
+    def is_current_so_far(self) -> bool:
+        """The same in every step, cheaper: empty dicts, most of a model's, are asked in turns.
+
+        A tensor or child replaced, removed or added beside others is noticed at once; one in a dict
+        that was empty within NUM_TURNS calls.
+        """
+        self._turn = (self._turn + 1) % NUM_TURNS
+        return self._filled.is_unchanged() and self._empty[self._turn].is_unchanged()
 
 
 def read(model: nn.Module) -> Tree:
@@ -68,8 +99,7 @@ def read(model: nn.Module) -> Tree:
         ValueError: Two members come to the same name, or one isn't initialised yet.
     """
     members: dict[str, Member] = {}
-    dicts: list[dict[str, Any]] = []
-    held: list[object] = []
+    contents: list[tuple[dict[str, Any], list[Any]]] = []
 
     def add(name: str, tensor: Tensor, is_buffer: bool) -> None:
         if is_lazy(tensor):
@@ -95,16 +125,16 @@ def read(model: nn.Module) -> Tree:
         passing = module._non_persistent_buffers_set
         for own in (module._parameters, module._buffers, module._modules):
             if isinstance(own, dict):  # A ScriptModule's are none, and don't change from Python.
-                dicts.append(own)
                 is_buffers = own is module._buffers
-                held.extend(... if is_buffers and k in passing else v for k, v in own.items())
+                held = [... if is_buffers and k in passing else v for k, v in own.items()]
+                contents.append((own, held))
         above |= {id(module)}
         for key, child in module._modules.items():
             if child is not None and id(child) not in above:
                 visit(child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
 
     visit(model, "", frozenset())
-    return Tree(list(members.values()), tuple(dicts), tuple(held))
+    return Tree(list(members.values()), contents)
 
 
 def _stands_for(module: nn.Module, key: str) -> bool:

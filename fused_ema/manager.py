@@ -36,7 +36,8 @@ class EMAManager:
     torch.compile and activation checkpointing put in front of them is left out. The emas of one
     dtype and device lie in one allocation, each in its param's strides.
 
-    A module or parameter that was replaced or added is an error at the next update or swap;
+    A module or parameter that was replaced, removed or added is an error at the next update or
+    swap (an update notices one added to a module without any within eight calls);
     :meth:`refresh` takes the model as it is now. A buffer that the model assigns anew, with the
     same shape, dtype and device, is followed. A manager belongs to one thread.
 
@@ -251,7 +252,9 @@ class EMAManager:
 
     def _apply(self, momentum: float | None) -> None:
         """Averages with that momentum, or copies everything where there is none."""
-        tracked = self._follow("update")
+        tracked = self._tracked
+        if not tracked.tree.is_current_so_far():
+            tracked = self._follow("update")
         copied = tracked.followed if momentum is None else tracked.copied
         if tracked.tied or copied:
             tracked.check_geometry("update", (*tracked.tied, *copied))

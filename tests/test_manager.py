@@ -15,8 +15,7 @@ import torch
 from nets import Net, assert_same, move, same, values_of
 from torch import nn
 
-import fused_ema
-from fused_ema import EMAManager, _slots, _storage, schedules
+from fused_ema import EMAManager, _slots, _storage, _tracking, schedules
 from fused_ema.testing import ROUNDINGS, assert_bits_equal
 
 
@@ -620,7 +619,7 @@ def test_no_walk_of_the_model_in_a_step(monkeypatch):
 
     for name in ("state_dict", "named_modules", "named_parameters", "parameters", "buffers"):
         monkeypatch.setattr(nn.Module, name, walk)
-    monkeypatch.setattr(fused_ema._tracking, "read", walk)
+    monkeypatch.setattr(_tracking, "read", walk)
     for _ in range(3):
         ema.update()
         with ema.swapped():
@@ -797,10 +796,6 @@ def grown(model):
     model.extra = nn.Linear(2, 2)
 
 
-def grown_deep(model):
-    model.body[2].bias = nn.Parameter(torch.zeros(2))
-
-
 def shrunk(model):
     del model.scale
 
@@ -836,7 +831,6 @@ CHANGES = {
         ],
         ["extra.weight", "extra.bias"],
     ),
-    grown_deep: (["'body.2.bias' is new: [2] float32 on cpu"], ["body.2.bias"]),
     shrunk: (["'scale' is gone: [] float32 on cpu"], []),
     buffer_of_other_shape: (
         ["'table' was replaced: [4] complex64 on cpu before, [9] complex64 on cpu now"],
@@ -891,6 +885,23 @@ def test_refresh_takes_the_model_as_it_is(backend, change):
         assert_same(model.state_dict(), expected)
 
 
+def test_a_parameter_in_a_module_that_had_none_is_noticed_in_its_turn(backend):
+    model = Net()
+    ema = EMAManager(model, 0.5)
+    model.body[2].bias = nn.Parameter(torch.zeros(2))
+
+    def some_updates():
+        for _ in range(_tracking.NUM_TURNS):
+            ema.update()
+
+    with pytest.raises(RuntimeError, match=r"'body.2.bias' is new: \[2\] float32 on cpu"):
+        some_updates()
+    with pytest.raises(RuntimeError, match=r"'body.2.bias' is new"):
+        ema.swap()
+    assert ema.refresh() == ["body.2.bias"]
+    ema.update()
+
+
 def test_a_change_undone_is_no_change():
     model = Net()
     ema = EMAManager(model, 0.5)
@@ -919,7 +930,7 @@ def test_a_change_beside_what_is_tracked_is_followed():
 def test_a_buffer_that_is_not_persistent_may_come_anew_at_every_step(backend, monkeypatch):
     model = Net()
     ema = EMAManager(model, 0.5)
-    monkeypatch.setattr(fused_ema._tracking, "read", None)  # No walk of the model for it.
+    monkeypatch.setattr(_tracking, "read", None)  # No walk of the model for it.
     for step in range(3):
         model.scratch = torch.ones(step)
         ema.update()

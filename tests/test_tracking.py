@@ -84,13 +84,20 @@ CHANGES = {
 }
 
 
+INTO_EMPTY = ("child of a leaf",)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_tree_is_not_current(backend, change):
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     tree = _tracking.read(model)
     for _ in range(3):
         assert tree.is_current()
+        assert tree.is_current_so_far()
     CHANGES[change](model)
+    found = [tree.is_current_so_far() for _ in range(2 * _tracking.NUM_TURNS)]
+    # In a dict that held something it is noticed at once, in an empty one when its turn comes.
+    assert found.count(False) == (2 if change in INTO_EMPTY else len(found))
     for _ in range(3):
         assert not tree.is_current()
     assert _tracking.read(model).is_current()
