@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Real
@@ -17,6 +18,9 @@ from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
 _TITLE = "fused_ema.EMAManager"
+
+# Managers whose model holds their ema. Nobody else may average or exchange its tensors meanwhile.
+_swapped_managers: weakref.WeakSet[EMAManager] = weakref.WeakSet()
 
 
 class EMAManager:
@@ -220,6 +224,8 @@ class EMAManager:
                 + ("leave swapped()" if self._in_context else "call swap()")
                 + " first, so that the raw weights are back"
             )
+        if _swapped_managers:
+            self._refuse_if_another_is_swapped("update")
         if i < self._begin:
             self._apply(None)
         elif (i + 1) % self._interval == 0:
@@ -309,6 +315,7 @@ class EMAManager:
         if self._is_swapped:
             self._swap_out("swap")
         else:
+            self._refuse_if_another_is_swapped("swap")
             self._swap_in("swap")
 
     def _swap_in(self, op: str) -> None:
@@ -326,7 +333,7 @@ class EMAManager:
             _storage.copy([slots[i].param for i in others], room)
             raise
         self._aside = aside
-        self._is_swapped = True
+        self._set_swapped(True)
 
     def _swap_out(self, op: str) -> None:
         # What was swapped in must come out, whatever else has become of the model meanwhile.
@@ -345,7 +352,14 @@ class EMAManager:
         tracked.check_geometry(op)
         self._exchange(self._aside, list(self._aside.values()))
         self._aside = {}
-        self._is_swapped = False
+        self._set_swapped(False)
+
+    def _set_swapped(self, is_swapped: bool) -> None:
+        self._is_swapped = is_swapped
+        if is_swapped:
+            _swapped_managers.add(self)
+        else:
+            _swapped_managers.discard(self)
 
     def _exchange(self, aside: Mapping[int, Tensor], values: Sequence[Tensor]) -> None:
         """Exchanges every slot but those set aside, whose params get the values."""
@@ -519,7 +533,7 @@ class EMAManager:
         other = [i for i, e in enumerate(own) if not _is_same_memory(e, given[i])]
         _storage.copy([own[i] for i in other], [given[i] for i in other])
         self._aside = aside
-        self._is_swapped = loaded.is_swapped
+        self._set_swapped(loaded.is_swapped)
         self._iteration = loaded.iteration
         self._num_updates = loaded.num_updates
 
@@ -555,6 +569,17 @@ class EMAManager:
                 + ("leave swapped()" if self._in_context else "call swap()")
                 + " first"
             )
+        self._refuse_if_another_is_swapped(op)
+
+    def _refuse_if_another_is_swapped(self, op: str) -> None:
+        own = {id(slot.param): slot.name for slot in self._tracked.slots}
+        for other in _swapped_managers:
+            for slot in other._tracked.slots:
+                if other is not self and id(slot.param) in own:
+                    raise RuntimeError(
+                        f"{_TITLE}.{op}: '{own[id(slot.param)]}' holds the ema of another manager; "
+                        "swap that one back first"
+                    )
 
     def _ema_of(self, index: int) -> Tensor:
         slot = self._tracked.slots[index]

@@ -571,6 +571,34 @@ def test_swap_is_refused_inside_swapped():
     assert_same(model.state_dict(), raw)
 
 
+def test_two_managers_of_one_model():
+    model = Net()
+    fast, slow = EMAManager(model, 0.5), EMAManager(model, 0.1, include="body.*")
+    elsewhere = EMAManager(Net(seed=1))
+    move(model, 0)
+    raw = values_of(model)
+    fast.update()
+    slow.update()
+    averages = {name: tensor.clone() for name, tensor in slow.named_emas()}
+    with fast.swapped():
+        for op in OPS:
+            with pytest.raises(
+                RuntimeError, match=rf"{op}: 'body.0.weight' holds the ema of anoth"
+            ):
+                OPS[op](slow)
+        elsewhere.update()
+        elsewhere.swap()
+        elsewhere.swap()
+    assert_same(model.state_dict(), raw)
+    assert_same(slow.named_emas(), averages)
+    with slow.swapped():
+        assert_bits_equal(model.body[0].weight, averages["body.0.weight"])
+    fast.swap()
+    del fast
+    gc.collect()
+    slow.update()  # Who swapped it is gone, and with it what the raw weights were.
+
+
 # ---- in training
 
 
