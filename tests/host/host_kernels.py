@@ -1,0 +1,235 @@
+"""The CUDA kernels' own code on this processor: built with g++, called, and checked.
+
+As a script it checks a library that has been built, so that a wrong one may crash by itself:
+python host_kernels.py LIBRARY
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import fused_ema
+from fused_ema.testing import (
+    DTYPE_PAIRS,
+    EDGE_SIZES,
+    assert_bits_equal,
+    bits_of,
+    dtype_name,
+    random_values,
+    reference_update,
+    update_tolerance,
+)
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+SPANS_A_LAUNCH = 1019  # That fit 32,764 bytes of kernel arguments.
+# More than two launches of kernel arguments: a warp tile or less each, with empty ones among them.
+MANY_SIZES = tuple(i * 37 % 131 for i in range(2 * SPANS_A_LAUNCH + 5))
+LISTS = {"edge sizes": EDGE_SIZES, "many": MANY_SIZES, "none": (), "empty": (0, 0)}
+FORMS = ("lerp", "mul_add")
+# Elements by which ema and param start past a 64-byte boundary. Sixteen bytes are 2 to 8 elements.
+OFFSETS = ((0, 0), (1, 1), (3, 3), (8, 0), (0, 1), (1, 0), (3, 7), (5, 2))
+MOMENTA = (0.0, 2e-4, 0.25, 0.4999999, 0.5, 0.75, 1.0)
+
+
+# ---- building
+
+
+def build(folder: Path, csrc: Path = CSRC, strict: bool = True) -> Path:
+    """Compiles the files of csrc/cuda/, with the stand-in header, to a library in the folder."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
+    # That a thread without a vector neither loads nor stores one is more than g++ can see.
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+    options += warnings if strict else ["-w"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        options += ["-mfma"]  # Otherwise each FMA is a call of libm: the same bits, slowly.
+    sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
+    sources += [csrc / "tiles.cpp", HERE / "host.cpp"]
+    folder.mkdir(parents=True, exist_ok=True)
+    objects, jobs = [], []
+    for source in sources:
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [*compiler, *options, f"-I{HERE}", f"-I{csrc}", "-x", "c++"]
+        command += ["-c", str(source), "-o", objects[-1]]
+        jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    errors = [job.communicate()[1] for job in jobs]
+    if any(job.returncode for job in jobs):
+        raise RuntimeError("".join(errors))
+    library = folder / "libhost_kernels.so"
+    subprocess.run([*compiler, "-shared", *objects, "-o", str(library)], check=True)
+    return library
+
+
+# ---- calling
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is done with a list of pairs: an update of a form, a swap, or a copy to one side."""
+
+    kind: str
+    form: str = "lerp"
+    momentum: float = 0.0
+    momentum_in_memory: bool = False
+
+
+class HostKernels:
+    """The built library."""
+
+    def __init__(self, library: Path) -> None:
+        self._library = ctypes.CDLL(str(library))
+
+    def run(
+        self, operation: Operation, a: Sequence[Tensor], b: Sequence[Tensor], by_table: bool
+    ) -> int:
+        """Runs one operation on pairs of one dtype pair; returns the number of launches."""
+        count = len(a)
+        pair = DTYPE_PAIRS.index((a[0].dtype, b[0].dtype)) if count else 0
+        spans = (
+            (ctypes.c_uint64 * count)(*(t.data_ptr() for t in a)),
+            (ctypes.c_uint64 * count)(*(t.data_ptr() for t in b)),
+            (ctypes.c_int64 * count)(*(t.numel() for t in a)),
+            ctypes.c_int64(count),
+            int(by_table),
+        )
+        if operation.kind == "update":
+            launches = self._library.host_update(
+                pair,
+                FORMS.index(operation.form),
+                ctypes.c_double(operation.momentum),
+                int(operation.momentum_in_memory),
+                *spans,
+            )
+        elif operation.kind == "swap":
+            launches = self._library.host_swap(pair, *spans)
+        else:
+            launches = self._library.host_copy(pair, int(operation.kind == "copy to ema"), *spans)
+        assert launches >= 0, f"{operation}: error {-launches}"
+        return int(launches)
+
+
+# ---- checking
+
+
+def any_bits(size: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Values of any bits, NaNs with payloads among them."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(
+        -(2**63), 2**63 - 1, (size // (8 // dtype.itemsize) + 1,), generator=generator
+    )
+    return raw.view(dtype)[:size].clone()
+
+
+def lay_out(sizes: Sequence[int], offset: int) -> tuple[list[int], int]:
+    """Where each tensor of a list begins in one buffer, with room around it; and its length."""
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(-(-end // 64) * 64 + offset)
+        end = starts[-1] + size + 8
+    return starts, end + 64
+
+
+def views(buffer: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+    """The tensors of a list in their buffer."""
+    return [buffer[start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
+def expect(operation: Operation, ema: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Does the operation with the CPU kernels, or for what these do otherwise in torch's words."""
+    m = operation.momentum
+    if operation.kind == "swap":
+        fused_ema.swap_(ema, params)
+    elif operation.kind == "copy to ema":
+        fused_ema.copy_(ema, params)
+    elif operation.kind == "copy to params":
+        fused_ema.copy_(params, ema)
+    elif operation.form == "mul_add" and ema and ema[0].dtype in (torch.bfloat16, torch.float16):
+        # On the CPU torch rounds alpha to the dtype, and so do our kernels; on CUDA neither does.
+        # A double holds the product exactly and the sum all but exactly, so it is one FMA.
+        alpha, decay = (torch.tensor(x, dtype=torch.float32) for x in (m, 1.0 - m))
+        for e, p in zip(ema, params, strict=True):
+            decayed = (e.float() * decay).to(e.dtype).double()
+            e.copy_((alpha.double() * p.double() + decayed).float())
+    else:
+        fused_ema.update_(ema, params, m, operation.form)
+
+
+def check(
+    host: HostKernels,
+    operation: Operation,
+    pair: tuple[torch.dtype, torch.dtype],
+    sizes: Sequence[int],
+    offsets: tuple[int, int],
+    by_table: bool,
+) -> int:
+    """Runs an operation and compares all memory, also around the tensors; returns the elements."""
+    where = f"{operation}, {'/'.join(map(dtype_name, pair))}, offsets {offsets}, table {by_table}"
+    finite = operation.kind == "update"
+    buffers, lists, wanted, wanted_lists = [], [], [], []
+    for side, (dtype, offset) in enumerate(zip(pair, offsets, strict=True)):
+        starts, length = lay_out(sizes, offset)
+        values = (random_values if finite else any_bits)(length, dtype, seed=side)
+        buffers.append(values)
+        lists.append(views(values, starts, sizes))
+        wanted.append(values.clone())
+        wanted_lists.append(views(wanted[-1], starts, sizes))
+    before = [torch.cat(tensors) if tensors else torch.empty(0) for tensors in wanted_lists]
+    expect(operation, *wanted_lists)
+    launches = host.run(operation, *lists, by_table)
+    for name, got, want in zip(("ema", "param"), buffers, wanted, strict=True):
+        if finite:
+            assert_bits_equal(got, want, f"{name}, {where}")
+        else:
+            assert torch.equal(bits_of(got), bits_of(want)), f"{name}, {where}: other bits"
+    if finite and sizes:
+        right = reference_update(*before, operation.momentum)
+        error = (torch.cat(lists[0]).double() - right).abs()
+        bound = update_tolerance(*before, operation.momentum)
+        assert (error <= bound).all(), f"{where}: {error.max()} off the float64 reference"
+    parts = (
+        [sizes]
+        if by_table
+        else [sizes[i : i + SPANS_A_LAUNCH] for i in range(0, len(sizes), SPANS_A_LAUNCH)]
+    )
+    assert launches == sum(any(part) for part in parts), f"{where}: {launches} launches"
+    return sum(sizes)
+
+
+def operations(momenta: Iterable[float] = MOMENTA) -> Iterator[Operation]:
+    """Every operation, updates in both forms with each momentum."""
+    for form, momentum, in_memory in product(FORMS, momenta, (False, True)):
+        yield Operation("update", form, momentum, in_memory)
+    for kind in ("swap", "copy to ema", "copy to params"):
+        yield Operation(kind)
+
+
+def check_quickly(host: HostKernels) -> None:
+    """What finds any of the planted faults, in a second or two."""
+    sizes = (0, 1, 7, 15, 16, 17, 63, 129, 511, 512, 513, 1025, 4097, 8193, 12345)
+    pairs = [DTYPE_PAIRS[i] for i in (0, 1, 4)]
+    for operation in operations((0.25, 0.75)):
+        for pair, offsets, by_table in product(pairs, OFFSETS[:3] + OFFSETS[4:5], (True, False)):
+            check(host, operation, pair, sizes, offsets, by_table)
+    for by_table in (True, False):
+        check(host, Operation("swap"), DTYPE_PAIRS[0], MANY_SIZES, (0, 0), by_table)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    try:
+        check_quickly(HostKernels(Path(sys.argv[1])))
+    except AssertionError as found:
+        sys.exit(f"found: {found}")

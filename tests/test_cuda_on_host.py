@@ -1,0 +1,185 @@
+"""The CUDA kernels' own code, compiled for this processor and run thread by thread.
+
+tests/host/ stands in for the CUDA runtime: the files of csrc/cuda/ are compiled as they are, grid,
+block and tile loops included. What only a GPU can show, memory order and its own conversions, isn't
+shown here.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pytest
+from host import host_kernels
+from host.host_kernels import MANY_SIZES, MOMENTA, OFFSETS, HostKernels, Operation, check
+
+from fused_ema.testing import DTYPE_PAIRS, EDGE_SIZES, dtype_name
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> HostKernels:
+    return HostKernels(host_kernels.build(tmp_path_factory.mktemp("host")))
+
+
+def name_of(pair):
+    return "/".join(map(dtype_name, pair))
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("by_table", [True, False], ids=["table", "arguments"])
+@pytest.mark.parametrize("form", host_kernels.FORMS)
+def test_update(host, pair, by_table, form):
+    for offsets, momentum in product(OFFSETS, (2e-4, 0.75)):
+        check(host, Operation("update", form, momentum), pair, EDGE_SIZES, offsets, by_table)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("form", host_kernels.FORMS)
+@pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "by value"])
+def test_every_momentum(host, pair, form, in_memory):
+    for momentum in MOMENTA:
+        operation = Operation("update", form, momentum, in_memory)
+        check(host, operation, pair, (1, 31, 1025, 5000), (0, 0), True)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("by_table", [True, False], ids=["table", "arguments"])
+@pytest.mark.parametrize("kind", ["swap", "copy to ema", "copy to params"])
+def test_swap_and_copies(host, pair, by_table, kind):
+    for offsets in OFFSETS:
+        check(host, Operation(kind), pair, EDGE_SIZES, offsets, by_table)
+
+
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("by_table", [True, False], ids=["table", "arguments"])
+def test_lists_that_need_several_launches(host, pair, by_table):
+    for operation in host_kernels.operations((0.25,)):
+        check(host, operation, pair, MANY_SIZES, (1, 3), by_table)
+
+
+@pytest.mark.parametrize("sizes", [(), (0,), (0, 0, 0), (1,) * 1019, (1,) * 1020])
+@pytest.mark.parametrize("by_table", [True, False], ids=["table", "arguments"])
+def test_lists_at_the_edge(host, sizes, by_table):
+    for operation in host_kernels.operations((0.25,)):
+        check(host, operation, DTYPE_PAIRS[0], sizes, (0, 0), by_table)
+
+
+# Faults that were planted: file, what stands there, what it becomes.
+MUTATIONS = {
+    "the tail loses an element": (
+        "cuda/loop.cuh",
+        "odd < n && lane < n - in_vectors",
+        "odd < n && lane + 1 < n - in_vectors",
+    ),
+    "the tail is off by one": ("cuda/loop.cuh", ": lane + in_vectors;", ": lane + in_vectors + 1;"),
+    "a vector too many": (
+        "cuda/loop.cuh",
+        "if (kFull || i < num_vectors) {\n#pragma unroll",
+        "if (kFull || i <= num_vectors) {\n#pragma unroll",
+    ),
+    "the last warp tile is skipped": (
+        "cuda/loop.cuh",
+        "if (index < source.num_warp_tiles)",
+        "if (index + 1 < source.num_warp_tiles)",
+    ),
+    "a block tile is run as the one before": (
+        "cuda/loop.cuh",
+        "source.block_tile(kShape, blockIdx.x)",
+        "source.block_tile(kShape, blockIdx.x - (blockIdx.x == 3))",
+    ),
+    "ema and param trade places": (
+        "cuda/update.cu",
+        "lerp(load(ema), static_cast<Compute<A>>(load(param)), c)",
+        "lerp(static_cast<Compute<A>>(load(param)), load(ema), c)",
+    ),
+    "the momentum in memory is not read": (
+        "cuda/update.cu",
+        "args.momentum == nullptr ?",
+        "args.momentum != args.momentum + 1 ?",
+    ),
+    "mul_add does not round in between": (
+        "cuda/update.cu",
+        "return load(Stored<A>::from(x));",
+        "return x;",
+    ),
+    "a swap writes one side": (
+        "cuda/swap.cu",
+        "b = Converted<B, A>::from(kept);",
+        "b = Converted<B, A>::from(a);",
+    ),
+    "a copy goes the other way": ("cuda/copy.cu", "if constexpr (kToA)", "if constexpr (!kToA)"),
+    "a pair is taken for its neighbour": (
+        "cuda/launch.cuh",
+        "if (entries[middle].*first <= index)",
+        "if (entries[middle].*first < index)",
+    ),
+    "a launch forgets its last pair": (
+        "cuda/launch.cuh",
+        "left < kMaxSpansPerLaunch ? left : kMaxSpansPerLaunch)",
+        "left < kMaxSpansPerLaunch ? left : kMaxSpansPerLaunch - 1)",
+    ),
+    "the grid is rounded down": (
+        "cuda/launch.cuh",
+        "(uint64_t{source.num_warp_tiles} + kWarpsPerBlock - 1) / kWarpsPerBlock",
+        "uint64_t{source.num_warp_tiles} / kWarpsPerBlock",
+    ),
+    "misaligned params are taken for aligned": (
+        "tiles.h",
+        "return to_b % vec_a == to_a ? to_b : to_a;",
+        "return to_b;",
+    ),
+    "a block tile begins at the head": (
+        "tiles.h",
+        "split.head + index * block_tile, block_tile, pair",
+        "index * block_tile, block_tile, pair",
+    ),
+    "the rest is cut short": (
+        "tiles.h",
+        "(rest + warp_tile - 1) / warp_tile",
+        "rest / warp_tile",
+    ),
+    "a NaN is rounded like a number": ("ema_math.h", "is_nan ? 0x7fc0u : rounded", "rounded"),
+}
+
+
+def verdict_on(csrc: Path, folder: Path) -> str:
+    """Builds these sources and checks them in a process of their own; what it said, or nothing."""
+    library = host_kernels.build(folder, csrc, strict=False)
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, host_kernels.__file__, str(library)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if run.returncode < 0:
+        return f"crashed with signal {-run.returncode}"
+    assert run.returncode == 0 or run.stderr.startswith("found: "), run.stderr
+    return run.stderr
+
+
+def test_planted_faults_are_found(tmp_path):
+    def plant(item) -> tuple[str, str]:
+        number, (title, (file, old, new)) = item
+        csrc = tmp_path / str(number) / "csrc"
+        shutil.copytree(host_kernels.CSRC, csrc)
+        text = (csrc / file).read_text()
+        assert text.count(old) == 1, f"{title}: {file} has {text.count(old)} times {old!r}"
+        (csrc / file).write_text(text.replace(old, new))
+        return title, verdict_on(csrc, tmp_path / str(number))
+
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = dict(pool.map(plant, enumerate(MUTATIONS.items())))
+    missed = [title for title, verdict in verdicts.items() if not verdict]
+    assert missed == []
+    # The same check finds nothing in the sources as they are.
+    assert verdict_on(host_kernels.CSRC, tmp_path / "sound") == ""
