@@ -20,9 +20,9 @@ endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # What pyproject.toml lists as an extra, so that each version stands there alone.
 EXTRA = $(PY) -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(name for extra in sys.argv[1:] for name in extras[extra]), sep="\n")'
-CXX_FILES = find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: bench test build lint format clean
+.PHONY: bench test sanitize gpu-sanitize build lint format clean
 
 bench: build
 	mkdir -p $(OUT)
@@ -32,6 +32,14 @@ bench: build
 
 test: build
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# The CPU kernels, and the CUDA kernels' own code on the host, under g++'s sanitizers.
+sanitize: $(READY)
+	$(PY) tests/host/sanitize.py build/sanitize
+
+# The CUDA kernels under NVIDIA's, on a machine with a GPU.
+gpu-sanitize: build
+	PYTHON=$(PY) bash tests/gpu_sanitize.sh
 
 # Building is required here: a broken compiler must not turn into a green run of the fallback.
 build: $(READY)

@@ -50,26 +50,8 @@ run_build() { make build VENV= PYTHON="$PYTHON"; }
 # --require-cuda: a GPU that torch can't see must fail the tests, not skip them.
 run_test() { make test VENV= PYTHON="$PYTHON" PYTEST_ARGS="--require-cuda -m cuda -q"; }
 
-# The sanitizer slows kernels down many times, so it gets 24 of their tests, spread over all files.
-# Without torch's allocator every tensor is an allocation of its own and a write past it is seen.
-run_sanitize() {
-  local tool ids spread i
-  tool=$(command -v compute-sanitizer || echo "$(dirname "$(command -v nvcc)")/compute-sanitizer")
-  if [[ ! -x $tool ]]; then
-    echo "no compute-sanitizer here: nothing checked"
-    return 0
-  fi
-  mapfile -t ids < <("$PYTHON" -m pytest -m cuda -k "not foreach" --ignore=tests/test_bench.py \
-    --collect-only -q | grep '::')
-  if [[ ${#ids[@]} -eq 0 ]]; then
-    echo "no CUDA tests found"
-    return 1
-  fi
-  spread=()
-  for ((i = 0; i < ${#ids[@]}; i += (${#ids[@]} + 23) / 24)); do spread+=("${ids[i]}"); done
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool memcheck --error-exitcode 9 \
-    "$PYTHON" -m pytest --require-cuda -q -p no:cacheprovider "${spread[@]}"
-}
+# One tool of four, to end in time; make gpu-sanitize runs them all.
+run_sanitize() { bash tests/gpu_sanitize.sh 24 memcheck; }
 
 run_bench() {
   rm -f "$OUT"/bench.{json,png,svg} # Of an earlier run: they must not stand for a failed one.

@@ -1,7 +1,6 @@
 // What Python calls: one operation by the CUDA kernels' own code, run on this processor.
-#include "cuda_runtime.h"
-
 #include "../../csrc/cuda/launch.h"
+#include "cuda_runtime.h"
 
 using namespace fused_ema;
 

@@ -1,0 +1,21 @@
+// Stands in for torch's header of this name: threads that a sanitizer can see, which GNU's OpenMP
+// doesn't offer. Four of them, and each call starts its own.
+#pragma once
+
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace at {
+
+inline int get_num_threads() { return 4; }
+
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain_size, const F& f) {
+  (void)grain_size;
+  std::vector<std::thread> threads;
+  for (int64_t i = begin; i < end; ++i) threads.emplace_back([&f, i] { f(i, i + 1); });
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace at
