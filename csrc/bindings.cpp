@@ -88,8 +88,13 @@ void py_copy(py::handle dst, py::handle src) {
 }
 
 py::list describe(const Plan& plan) {
+  std::vector<Plan::GroupFacts> facts;
+  {
+    const py::gil_scoped_release no_gil;
+    facts = plan.describe();
+  }
   py::list result;
-  for (const Plan::GroupFacts& fact : plan.describe()) {
+  for (const Plan::GroupFacts& fact : facts) {
     py::dict entry;
     entry["backend"] = fact.backend;
     entry["device"] = fact.device;
@@ -167,7 +172,10 @@ PYBIND11_MODULE(_C, m) {
       .def("copy_to_ema", &Plan::copy_to_ema, py::call_guard<py::gil_scoped_release>())
       .def("copy_to_params", &Plan::copy_to_params, py::call_guard<py::gil_scoped_release>())
       .def("describe", &describe)
-      .def_property_readonly("num_refreshes", &Plan::num_refreshes);
+      .def_property_readonly("num_refreshes", [](const Plan& plan) {
+        const py::gil_scoped_release no_gil;
+        return plan.num_refreshes();
+      });
 
   m.def("hold_exactly", [](py::handle dicts, py::handle objects, py::handle versions) {
     const int result = hold_exactly(dicts.ptr(), objects.ptr(), versions.ptr());

@@ -108,6 +108,7 @@ void Plan::copy_to_ema() { run_checked(Operation{Operation::Kind::kCopyToA}); }
 void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB}); }
 
 std::vector<Plan::GroupFacts> Plan::describe() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<GroupFacts> facts;
   for (const Group& group : groups_.groups) {
     facts.push_back({service_of(group.device).backend, group.device.str(),

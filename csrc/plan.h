@@ -29,7 +29,10 @@ class Plan {
     int64_t num_elements;
   };
   std::vector<GroupFacts> describe() const;
-  int64_t num_refreshes() const { return num_refreshes_; }
+  int64_t num_refreshes() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return num_refreshes_;
+  }
 
  private:
   // What one tensor was when the plan was made.
@@ -56,7 +59,7 @@ class Plan {
   std::vector<Seen> seen_;
   std::vector<int64_t> geometry_;
   int64_t num_refreshes_ = -1;  // the first making is none
-  std::mutex mutex_;            // two Python threads may run one plan
+  mutable std::mutex mutex_;  // two Python threads may run one plan; never wait for it with the GIL
 };
 
 }  // namespace fused_ema
