@@ -171,10 +171,16 @@ PYBIND11_MODULE(_C, m) {
       .def("swap", &Plan::swap, py::call_guard<py::gil_scoped_release>())
       .def("copy_to_ema", &Plan::copy_to_ema, py::call_guard<py::gil_scoped_release>())
       .def("copy_to_params", &Plan::copy_to_params, py::call_guard<py::gil_scoped_release>())
+      .def("check", &Plan::check, py::call_guard<py::gil_scoped_release>())
       .def("describe", &describe)
-      .def_property_readonly("num_refreshes", [](const Plan& plan) {
+      .def_property_readonly("num_refreshes",
+                             [](const Plan& plan) {
+                               const py::gil_scoped_release no_gil;
+                               return plan.num_refreshes();
+                             })
+      .def_property_readonly("num_runs", [](const Plan& plan) {
         const py::gil_scoped_release no_gil;
-        return plan.num_refreshes();
+        return plan.num_runs();
       });
 
   m.def("hold_exactly", [](py::handle dicts, py::handle objects, py::handle versions) {

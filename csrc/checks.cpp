@@ -76,14 +76,19 @@ bool is_expanded(const at::Tensor& tensor) {
 // Shorter lists take one thread: starting another takes longer than the look.
 constexpr size_t kParallelPairs = 512;
 
-// Wrappers and lazy views have no memory of their own to work on.
-bool is_plain(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet kNotPlain{
-      c10::DispatchKey::Python,        c10::DispatchKey::FuncTorchBatched,
-      c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper,
-      c10::DispatchKey::Negative,      c10::DispatchKey::Conjugate,
-      c10::DispatchKey::ZeroTensor};
-  return !tensor.key_set().has_any(kNotPlain);
+// Bytes of its storage up to the end of its last element.
+int64_t bytes_needed(const at::Tensor& tensor) {
+  if (tensor.numel() == 0) return 0;
+  int64_t extent = tensor.numel();
+  if (!tensor.is_non_overlapping_and_dense()) {
+    extent = 1;
+    for (int64_t d = 0; d < tensor.dim(); ++d) extent += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return (tensor.storage_offset() + extent) * static_cast<int64_t>(tensor.itemsize());
+}
+
+int64_t bytes_held(const at::Tensor& tensor) {
+  return static_cast<int64_t>(storage_of(*tensor.unsafeGetTensorImpl())->nbytes());
 }
 
 // Whether equal elements of two dense tensors of one shape lie equally far from their beginnings.
@@ -127,6 +132,16 @@ void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
   };
   if (s.writes_a) check_written(a, at_a);
   if (s.writes_b) check_written(b, at_b);
+  const auto check_memory = [&](const at::Tensor& tensor, const std::string& at) {
+    if (!is_plain(tensor) || !tensor.has_storage()) return;
+    TORCH_CHECK_VALUE(bytes_needed(tensor) <= bytes_held(tensor), "fused_ema.", s.op, ": ", at,
+                      " needs ", bytes_needed(tensor), " bytes of memory but its storage holds ",
+                      bytes_held(tensor),
+                      "; it was freed or cut, as sharding does between uses: call this while the "
+                      "tensor is whole, or leave it out");
+  };
+  check_memory(a, at_a);
+  check_memory(b, at_b);
 }
 
 // Reads a pair. May run beside other threads, so it calls nothing that may need Python.
@@ -139,6 +154,7 @@ CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
   pair.flipped = found->flipped;
   bool are_plain = true;
   bool have_memory = true;
+  bool are_whole = true;
   for (int side : {0, 1}) {
     const at::Tensor& tensor = side == 0 ? a : b;
     if (!is_plain(tensor) || tensor.layout() != at::kStrided) {
@@ -156,11 +172,13 @@ CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
       pair.data[side] = tensor.const_data_ptr();
       pair.is_lazy[side] = is_lazy_copy(*storage_of(impl));
       have_memory &= reinterpret_cast<uintptr_t>(pair.data[side]) % tensor.itemsize() == 0;
+      are_whole &= bytes_needed(tensor) <= bytes_held(tensor);
     }
   }
   if (!are_plain || a.sizes() != b.sizes() || a.device() != b.device()) return pair;
   const bool are_dense = pair.is_dense[0] && pair.is_dense[1];
-  pair.is_usual = are_dense && !a.is_inference() && !b.is_inference();
+  pair.has_memory = a.has_storage() && b.has_storage();
+  pair.is_usual = are_dense && are_whole && !a.is_inference() && !b.is_inference();
   pair.has_plain_memory = have_memory && are_dense && have_equal_strides(a, b);
   return pair;
 }
@@ -237,6 +255,15 @@ void check_overlap(const Signature& s, const CheckedPairs& checked,
 }
 
 }  // namespace
+
+bool is_plain(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kNotPlain{
+      c10::DispatchKey::Python,        c10::DispatchKey::FuncTorchBatched,
+      c10::DispatchKey::Functionalize, c10::DispatchKey::FuncTorchGradWrapper,
+      c10::DispatchKey::Negative,      c10::DispatchKey::Conjugate,
+      c10::DispatchKey::ZeroTensor};
+  return !tensor.key_set().has_any(kNotPlain);
+}
 
 const char* dtype_name(at::ScalarType type) {
   switch (type) {

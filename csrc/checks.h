@@ -51,6 +51,7 @@ struct CheckedPair {
   at::Device device = at::kCPU;
   DtypePair pair = DtypePair::kFloat32Float32;
   bool flipped = false;              // the lists stand the other way round in the dtype pair
+  bool has_memory = false;           // both have: neither is a wrapper or a lazy view
   bool has_plain_memory = false;     // a kernel may work on it; otherwise torch serves the pair
   bool is_lazy[2] = {false, false};  // copy-on-write: will be written at another address
   bool is_dense[2] = {false, false};
@@ -58,9 +59,12 @@ struct CheckedPair {
 };
 using CheckedPairs = std::vector<CheckedPair>;
 
-// Raises TypeError (dtypes, layouts), ValueError (lengths, shapes, devices, overlap) or
-// RuntimeError (inference tensors) at the first pair that the operation can't serve. names may be
-// empty.
+// Whether it has memory of its own to work on: wrappers and lazy views have none.
+bool is_plain(const at::Tensor& tensor);
+
+// Raises TypeError (dtypes, layouts), ValueError (lengths, shapes, devices, overlap, memory that
+// was freed) or RuntimeError (inference tensors) at the first pair that the operation can't serve.
+// names may be empty.
 CheckedPairs check_lists(const Signature& signature, const Tensors& a, const Tensors& b,
                          const std::vector<std::string>& names);
 

@@ -6,7 +6,10 @@
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/_foreach_lerp.h>
 #include <ATen/ops/_foreach_mul.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
+
+#include <algorithm>
 
 namespace fused_ema::fallback {
 namespace {
@@ -23,24 +26,69 @@ void update_by_tensor(const at::Tensor& ema, const at::Tensor& param, const at::
 
 }  // namespace
 
+Temporaries::Device Temporaries::device_of(const at::Tensor& tensor) {
+  return {tensor.device().type(), tensor.device().index()};
+}
+
+void Temporaries::reserve(Sizes& bytes, const at::Tensor& tensor, at::ScalarType dtype) {
+  if (!is_plain(tensor)) return;
+  int64_t& most = bytes[device_of(tensor)];
+  most = std::max(most, tensor.numel() * static_cast<int64_t>(c10::elementSize(dtype)));
+}
+
+Temporaries::Temporaries(const Sizes& bytes) {
+  for (const auto& [device, most] : bytes) {
+    const at::Device where(device.first, device.second);
+    rooms_[device] = at::empty({most}, at::TensorOptions().dtype(at::kByte).device(where));
+  }
+}
+
+Temporaries Temporaries::for_update(const Tensors& ema, const Tensors& params, double momentum,
+                                    Form form) {
+  Sizes bytes;
+  for (size_t i = 0; i < ema.size(); ++i) {
+    const at::ScalarType dtype = ema[i].scalar_type();
+    if (params[i].scalar_type() != dtype) reserve(bytes, params[i], dtype);
+  }
+  Temporaries temporaries(bytes);
+  if (form == Form::kMulAdd && !ema.empty()) {
+    temporaries.decay = at::scalar_tensor(1.0 - momentum, at::kDouble);
+    temporaries.decay.unsafeGetTensorImpl()->set_wrapped_number(true);
+  }
+  return temporaries;
+}
+
+Temporaries Temporaries::for_swap(const Tensors& a) {
+  Sizes bytes;
+  for (const at::Tensor& tensor : a) reserve(bytes, tensor, tensor.scalar_type());
+  return Temporaries(bytes);
+}
+
+at::Tensor Temporaries::copy_of(const at::Tensor& tensor, at::ScalarType dtype) {
+  if (!is_plain(tensor)) return tensor.to(dtype, /*non_blocking=*/false, /*copy=*/true);
+  const at::Tensor& room = rooms_.at(device_of(tensor));
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(c10::elementSize(dtype));
+  const at::Tensor copy = room.narrow(0, 0, bytes).view(dtype).view(tensor.sizes());
+  return copy.copy_(tensor);
+}
+
 void update(const Tensors& ema, const Tensors& params, double momentum,
-            const std::optional<at::Tensor>& device_momentum, Form form) {
+            const std::optional<at::Tensor>& device_momentum, Form form, Temporaries& temporaries) {
   const at::NoGradGuard no_grad;
   Tensors foreach_ema;
   Tensors foreach_params;
   for (size_t i = 0; i < ema.size(); ++i) {
     const at::Tensor& e = ema[i];
     const at::Tensor& p = params[i];
+    const auto same_dtype = [&] {
+      return e.scalar_type() == p.scalar_type() ? p : temporaries.copy_of(p, e.scalar_type());
+    };
     if (device_momentum) {
       update_by_tensor(e, p, *device_momentum, form);
     } else if (form == Form::kLerp && e.scalar_type() != p.scalar_type()) {
-      e.lerp_(p.to(e.scalar_type()), momentum);
+      e.lerp_(same_dtype(), momentum);
     } else if (form == Form::kMulAdd && e.is_cpu()) {
-      // On the CPU a C++ or foreach scalar is rounded to a bf16 or fp16 ema's dtype. The number
-      // that Python's mul_ takes isn't: it is a 0-dim double, marked as one that promotes nothing.
-      const at::Tensor decay = at::scalar_tensor(1.0 - momentum, at::kDouble);
-      decay.unsafeGetTensorImpl()->set_wrapped_number(true);
-      e.mul_(decay).add_(p, momentum);
+      e.mul_(temporaries.decay).add_(same_dtype(), momentum);
     } else {
       foreach_ema.push_back(e);
       foreach_params.push_back(p);
@@ -55,10 +103,10 @@ void update(const Tensors& ema, const Tensors& params, double momentum,
   }
 }
 
-void swap(const Tensors& a, const Tensors& b) {
+void swap(const Tensors& a, const Tensors& b, Temporaries& temporaries) {
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < a.size(); ++i) {
-    const at::Tensor kept = a[i].clone();
+    const at::Tensor kept = temporaries.copy_of(a[i], a[i].scalar_type());
     a[i].copy_(b[i]);
     b[i].copy_(kept);
   }

@@ -262,6 +262,13 @@ void check_device_momentum(const char* op, const Groups& groups, const Operation
 
 void run(Groups& groups, const Operation& operation) {
   using Kind = Operation::Kind;
+  const Tensors& a = groups.fallback_a;
+  const Tensors& b = groups.fallback_b;
+  std::optional<fallback::Temporaries> temporaries;
+  if (operation.kind == Kind::kUpdate) {
+    temporaries = fallback::Temporaries::for_update(a, b, operation.momentum, operation.form);
+  }
+  if (operation.kind == Kind::kSwap) temporaries = fallback::Temporaries::for_swap(a);
   for (Group& group : groups.groups) {
     if (group.spans.spans.empty()) continue;
 #ifdef FUSED_EMA_WITH_CUDA
@@ -273,16 +280,17 @@ void run(Groups& groups, const Operation& operation) {
 #endif
     run_on_cpu(group, operation);
   }
-  const Tensors& a = groups.fallback_a;
-  const Tensors& b = groups.fallback_b;
-  if (operation.kind == Kind::kUpdate && !a.empty()) {
-    fallback::update(a, b, operation.momentum, operation.device_momentum, operation.form);
-  } else if (operation.kind == Kind::kSwap) {
-    fallback::swap(a, b);
-  } else if (operation.kind == Kind::kCopyToA) {
-    fallback::copy(a, b);
-  } else if (operation.kind == Kind::kCopyToB) {
-    fallback::copy(b, a);
+  if (a.empty()) return;
+  switch (operation.kind) {
+    case Kind::kUpdate:
+      return fallback::update(a, b, operation.momentum, operation.device_momentum, operation.form,
+                              *temporaries);
+    case Kind::kSwap:
+      return fallback::swap(a, b, *temporaries);
+    case Kind::kCopyToA:
+      return fallback::copy(a, b);
+    case Kind::kCopyToB:
+      return fallback::copy(b, a);
   }
 }
 

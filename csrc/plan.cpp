@@ -2,15 +2,52 @@
 
 #include <algorithm>
 #include <atomic>
+#include <unordered_set>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 #include "parallel.h"
 #include "records.h"
 
 namespace fused_ema {
+namespace {
+
+// Every plan there is: a fork copies their locks as they are, held ones held for ever.
+struct Registry {
+  std::mutex mutex;
+  std::unordered_set<Plan*> plans;
+
+  Registry() {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork([] { registry().mutex.lock(); }, [] { registry().mutex.unlock(); },
+                   [] {
+                     for (Plan* plan : registry().plans) plan->forget_lock();
+                     registry().mutex.unlock();
+                   });
+#endif
+  }
+
+  static Registry& registry() {
+    static auto* const it = new Registry;  // never deleted: plans may live until the very end
+    return *it;
+  }
+};
+
+}  // namespace
 
 Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
     : ema_(std::move(ema)), params_(std::move(params)), names_(std::move(names)) {
   refresh();
+  Registry& registry = Registry::registry();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.plans.insert(this);
+}
+
+Plan::~Plan() {
+  Registry& registry = Registry::registry();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.plans.erase(this);
 }
 
 void Plan::refresh() {
@@ -24,32 +61,38 @@ void Plan::refresh() {
       if (tensor.is_cuda()) break;
     }
   }
-  Groups groups = make_groups(kPlanSignature, ema_, params_, checked);
+  auto state = std::make_unique<State>();
+  state->groups = make_groups(kPlanSignature, ema_, params_, checked);
   // A new plan waits for its upload. One that is made anew inside a call must not, and need not:
   // a stream that isn't ordered after this one would already race on the emas.
   const bool is_new = num_refreshes_ < 0;
-  upload_tables(groups, /*wait=*/is_new);
-  // A captured graph goes on reading the table, and writing the addresses, that it was captured
-  // with, as it does for torch's own operations; the table must stay what it was.
-  for (const Group& group : groups_.groups) {
-    if (group.captured) captured_tables_.push_back(group.table);
-  }
-  groups_ = std::move(groups);
-  seen_.clear();
-  geometry_.clear();
+  upload_tables(state->groups, /*wait=*/is_new);
   for (size_t i = 0; i < ema_.size(); ++i) {
-    // Pairs without plain memory are torch's to look after at each call.
-    if (!checked[i].has_plain_memory) continue;
     for (const at::Tensor* tensor : {&ema_[i], &params_[i]}) {
-      seen_.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(), tensor->numel(),
-                           tensor->scalar_type(), tensor->is_contiguous(),
-                           static_cast<uint16_t>(tensor->dim()),
-                           static_cast<uint32_t>(geometry_.size())});
+      if (!checked[i].has_memory) {
+        state->wrappers.push_back(*tensor);
+        state->wrapper_sizes.push_back(tensor->sizes().vec());
+        state->wrapper_dtypes.push_back(tensor->scalar_type());
+        continue;
+      }
+      state->seen.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(),
+                                 tensor->numel(), tensor->scalar_type(), tensor->is_contiguous(),
+                                 static_cast<uint16_t>(tensor->dim()),
+                                 static_cast<uint32_t>(state->geometry.size())});
       if (tensor->is_contiguous()) continue;
-      geometry_.insert(geometry_.end(), tensor->sizes().begin(), tensor->sizes().end());
-      geometry_.insert(geometry_.end(), tensor->strides().begin(), tensor->strides().end());
+      std::vector<int64_t>& geometry = state->geometry;
+      geometry.insert(geometry.end(), tensor->sizes().begin(), tensor->sizes().end());
+      geometry.insert(geometry.end(), tensor->strides().begin(), tensor->strides().end());
     }
   }
+  // A captured graph goes on reading the table, and writing the addresses, that it was captured
+  // with, as it does for torch's own operations; the table must stay what it was.
+  if (state_) {
+    for (const Group& group : state_->groups.groups) {
+      if (group.captured) captured_tables_.push_back(group.table);
+    }
+  }
+  state_ = std::move(state);
   ++num_refreshes_;
 }
 
@@ -70,23 +113,29 @@ bool Plan::is_unchanged(const Seen& seen) const {
   // The same memory under other strides, as p.data = p.data.t() makes it, pairs other elements.
   const c10::IntArrayRef sizes = tensor.sizes();
   const c10::IntArrayRef strides = tensor.strides();
-  const int64_t* saved = geometry_.data() + seen.geometry;
+  const int64_t* saved = state_->geometry.data() + seen.geometry;
   return sizes.size() == seen.num_dims && std::equal(sizes.begin(), sizes.end(), saved) &&
          std::equal(strides.begin(), strides.end(), saved + seen.num_dims);
 }
 
 bool Plan::is_stale() const {
+  for (size_t i = 0; i < state_->wrappers.size(); ++i) {
+    const at::Tensor& tensor = state_->wrappers[i];
+    if (tensor.sizes() != state_->wrapper_sizes[i]) return true;
+    if (tensor.scalar_type() != state_->wrapper_dtypes[i]) return true;
+  }
+  const std::vector<Seen>& seen = state_->seen;
   std::atomic<bool> stale{false};
-  const auto size = static_cast<int64_t>(seen_.size());
+  const auto size = static_cast<int64_t>(seen.size());
   parallel_chunks(size, 1024, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kTensorsAhead < end) {
-        prefetch_tensor_but_sizes(seen_[i + kTensorsAhead].tensor);
-        const c10::TensorImpl* nearer = seen_[i + kTensorsAhead / 2].tensor;
+        prefetch_tensor_but_sizes(seen[i + kTensorsAhead].tensor);
+        const c10::TensorImpl* nearer = seen[i + kTensorsAhead / 2].tensor;
         prefetch_memory(storage_of(*nearer));
         prefetch(version_counter_of(*nearer));  // the write will bump it
       }
-      if (!is_unchanged(seen_[i])) {
+      if (!is_unchanged(seen[i])) {
         stale = true;
         return;
       }
@@ -98,8 +147,14 @@ bool Plan::is_stale() const {
 void Plan::run_checked(const Operation& operation) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (is_stale()) refresh();
-  check_device_momentum("Plan.update", groups_, operation);
-  run(groups_, operation);
+  check_device_momentum("Plan.update", state_->groups, operation);
+  run(state_->groups, operation);
+  ++num_runs_;
+}
+
+void Plan::check() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (is_stale()) refresh();
 }
 
 void Plan::update(const Operation& operation) { run_checked(operation); }
@@ -109,17 +164,18 @@ void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB});
 
 std::vector<Plan::GroupFacts> Plan::describe() const {
   const std::lock_guard<std::mutex> lock(mutex_);
+  const Groups& groups = state_->groups;
   std::vector<GroupFacts> facts;
-  for (const Group& group : groups_.groups) {
+  for (const Group& group : groups.groups) {
     facts.push_back({service_of(group.device).backend, group.device.str(),
                      dtype_name(dtypes_of(group.pair).a), dtype_name(dtypes_of(group.pair).b),
                      group.num_pairs, group.spans.num_elements});
   }
   // One entry per device and dtype pair of what torch serves, in order of first appearance.
   const size_t first_fallback = facts.size();
-  for (size_t i = 0; i < groups_.fallback_a.size(); ++i) {
-    const at::Tensor& ema = groups_.fallback_a[i];
-    const at::Tensor& param = groups_.fallback_b[i];
+  for (size_t i = 0; i < groups.fallback_a.size(); ++i) {
+    const at::Tensor& ema = groups.fallback_a[i];
+    const at::Tensor& param = groups.fallback_b[i];
     const GroupFacts fact{"foreach",
                           ema.device().str(),
                           dtype_name(ema.scalar_type()),

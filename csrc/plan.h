@@ -1,6 +1,7 @@
 // What is worked out once for a pair of lists and run many times.
 #pragma once
 
+#include <memory>
 #include <mutex>
 
 #include "checks.h"
@@ -12,6 +13,7 @@ class Plan {
  public:
   // Keeps the tensors alive. Raises what check_lists raises.
   Plan(Tensors ema, Tensors params, std::vector<std::string> names);
+  ~Plan();
 
   // Any of these first compares every tensor with what the plan was made for, and makes the plan
   // anew where one has moved: never a write through an old pointer.
@@ -19,6 +21,8 @@ class Plan {
   void swap();
   void copy_to_ema();
   void copy_to_params();
+  // Raises what any of these would raise now.
+  void check();
 
   struct GroupFacts {
     std::string backend;
@@ -33,6 +37,14 @@ class Plan {
     const std::lock_guard<std::mutex> lock(mutex_);
     return num_refreshes_;
   }
+  // Calls that have done all of their work. Whoever is interrupted right after one can tell by it.
+  int64_t num_runs() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return num_runs_;
+  }
+
+  // For the child of a fork: a thread that was inside a call is lost, and its lock with it.
+  void forget_lock() { new (&mutex_) std::mutex; }
 
  private:
   // What one tensor was when the plan was made.
@@ -43,7 +55,19 @@ class Plan {
     at::ScalarType dtype;
     bool is_contiguous;
     uint16_t num_dims;
-    uint32_t geometry;  // where its sizes and strides begin in geometry_
+    uint32_t geometry;  // where its sizes and strides begin in the state's geometry
+  };
+
+  // All that follows from where the tensors are. Made anew as a whole or not at all: a call that
+  // fails for want of memory, or a fork in the middle of one, leaves the old one behind.
+  struct State {
+    Groups groups;
+    std::vector<Seen> seen;
+    std::vector<int64_t> geometry;
+    // Wrappers, whose memory is their own affair; but torch would broadcast a changed shape.
+    Tensors wrappers;
+    std::vector<std::vector<int64_t>> wrapper_sizes;
+    std::vector<at::ScalarType> wrapper_dtypes;
   };
 
   void refresh();
@@ -54,11 +78,10 @@ class Plan {
   Tensors ema_;
   Tensors params_;
   std::vector<std::string> names_;
-  Groups groups_;
+  std::unique_ptr<State> state_;
   Tensors captured_tables_;
-  std::vector<Seen> seen_;
-  std::vector<int64_t> geometry_;
   int64_t num_refreshes_ = -1;  // the first making is none
+  int64_t num_runs_ = 0;
   mutable std::mutex mutex_;  // two Python threads may run one plan; never wait for it with the GIL
 };
 

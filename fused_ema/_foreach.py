@@ -7,10 +7,11 @@ from C++ in the same way (csrc/fallback.cpp). The errors are those of csrc/check
 from __future__ import annotations
 
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FORMS = ("lerp", "mul_add")
 
@@ -109,6 +110,24 @@ def _check_pair(
                 f"{title}: {place} is an inference tensor and can't be written outside "
                 "torch.inference_mode(); pass a .clone() made outside of it"
             )
+    for place, tensor in zip(where, pair, strict=True):
+        if not has_plain_memory(tensor):
+            continue
+        needed, held = _bytes_needed(tensor), tensor.untyped_storage().nbytes()
+        if needed > held:
+            raise ValueError(
+                f"{title}: {place} needs {needed} bytes of memory but its storage holds {held}; it "
+                "was freed or cut, as sharding does between uses: call this while the tensor is "
+                "whole, or leave it out"
+            )
+
+
+def _bytes_needed(tensor: Tensor) -> int:
+    """Bytes of its storage up to the end of its last element."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -163,6 +182,11 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)
 
 
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Whether its elements lie in memory of its own: not so for a DTensor or a sparse tensor."""
+    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)
+
+
 def check_momentum(op: str, momentum: float | Tensor) -> float | Tensor:
     """Returns a momentum in [0, 1] as a float, or the 0-dim float64 tensor that holds it."""
     if isinstance(momentum, Tensor):
@@ -194,18 +218,47 @@ def check_form(op: str, form: str) -> None:
         raise ValueError(f"fused_ema.{op}: form is '{form}'; choose 'lerp' or 'mul_add'")
 
 
+class _Temporaries:
+    """Memory for one tensor at a time, made before a call's first write.
+
+    Where there is none, nothing is left half done. Wrappers, which have no memory of their own, get
+    theirs when they need it.
+    """
+
+    def __init__(self, needed: Iterable[tuple[Tensor, torch.dtype]]):
+        num_bytes: dict[torch.device, int] = {}
+        for tensor, dtype in needed:
+            if has_plain_memory(tensor):
+                most = max(num_bytes.get(tensor.device, 0), tensor.numel() * dtype.itemsize)
+                num_bytes[tensor.device] = most
+        self._rooms = {
+            device: torch.empty(most, dtype=torch.uint8, device=device)
+            for device, most in num_bytes.items()
+        }
+
+    def copy_of(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy in that dtype, good until the next one is asked for."""
+        if not has_plain_memory(tensor):
+            return tensor.to(dtype, copy=True)
+        room = self._rooms[tensor.device][: tensor.numel() * dtype.itemsize]
+        return room.view(dtype).view(tensor.shape).copy_(tensor)
+
+
 @torch.no_grad()
 def update(
     ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float | Tensor, form: str
 ) -> None:
     """``ema = (1 - m) * ema + m * param``, on checked lists."""
+    mixed = [(p, e.dtype) for e, p in zip(ema, params, strict=True) if e.dtype != p.dtype]
+    temporaries = _Temporaries(mixed)
     for emas, parts in _by_device_and_dtype(ema, params):
         if isinstance(momentum, Tensor):
             _update_by_tensor(emas, parts, momentum, form)
         elif form == "mul_add" and emas[0].device.type == "cpu":
             # On the CPU foreach rounds 1 - m to a bf16 or fp16 ema's dtype, which mul_ doesn't.
             for e, p in zip(emas, parts, strict=True):
-                e.mul_(1.0 - momentum).add_(p, alpha=momentum)
+                same = p if p.dtype == e.dtype else temporaries.copy_of(p, e.dtype)
+                e.mul_(1.0 - momentum).add_(same, alpha=momentum)
         elif form == "mul_add":
             torch._foreach_mul_(emas, 1.0 - momentum)
             torch._foreach_add_(emas, parts, alpha=momentum)
@@ -213,7 +266,7 @@ def update(
             torch._foreach_lerp_(emas, parts, momentum)
         else:
             for e, p in zip(emas, parts, strict=True):
-                e.lerp_(p.to(e.dtype), momentum)
+                e.lerp_(temporaries.copy_of(p, e.dtype), momentum)
 
 
 def _update_by_tensor(
@@ -241,9 +294,10 @@ def _by_device_and_dtype(
 
 @torch.no_grad()
 def swap(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    """Exchanges each pair; one tensor's worth of temporary memory at a time."""
+    """Exchanges each pair; one tensor's worth of temporary memory."""
+    temporaries = _Temporaries([(x, x.dtype) for x in a])
     for x, y in zip(a, b, strict=True):
-        kept = x.clone()
+        kept = temporaries.copy_of(x, x.dtype)
         x.copy_(y)
         y.copy_(kept)
 
@@ -264,11 +318,16 @@ class Plan:
         check_lists("Plan", ema, params, names)
         self._ema, self._params, self._names = list(ema), list(params), names
         self._seen = self._geometry()
+        self.num_runs = 0
 
-    def _geometry(self) -> list[tuple[torch.Size, torch.dtype, torch.device]]:
-        return [(t.shape, t.dtype, t.device) for t in (*self._ema, *self._params)]
+    def _geometry(self) -> list[tuple[torch.Size, torch.dtype, torch.device, int]]:
+        # The size of the storage, too: torch's functions would write to one that was freed.
+        return [
+            (t.shape, t.dtype, t.device, t.untyped_storage().nbytes() if has_plain_memory(t) else 0)
+            for t in (*self._ema, *self._params)
+        ]
 
-    def _check(self) -> None:
+    def check(self) -> None:
         # Torch follows moved memory by itself, but it would broadcast a changed shape in silence.
         geometry = self._geometry()
         if geometry != self._seen:
@@ -278,20 +337,21 @@ class Plan:
     def update(self, momentum: float | Tensor, form: str) -> None:
         momentum = check_momentum("Plan.update", momentum)
         check_form("Plan.update", form)
-        self._check()
-        update(self._ema, self._params, momentum, form)
+        self._run(lambda: update(self._ema, self._params, momentum, form))
 
     def swap(self) -> None:
-        self._check()
-        swap(self._ema, self._params)
+        self._run(lambda: swap(self._ema, self._params))
 
     def copy_to_ema(self) -> None:
-        self._check()
-        copy(self._ema, self._params)
+        self._run(lambda: copy(self._ema, self._params))
 
     def copy_to_params(self) -> None:
-        self._check()
-        copy(self._params, self._ema)
+        self._run(lambda: copy(self._params, self._ema))
+
+    def _run(self, work: Callable[[], None]) -> None:
+        self.check()
+        work()
+        self.num_runs += 1
 
     def describe(self) -> list[dict[str, object]]:
         """One entry a (device, dtype pair), as the compiled Plan gives it."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, compress
 
 import torch
 from torch import Tensor
 
 from fused_ema import ops
-from fused_ema._foreach import DTYPE_PAIRS, EXCHANGE_PAIRS, is_dense
-from fused_ema._tracking import has_plain_memory
+from fused_ema._foreach import DTYPE_PAIRS, EXCHANGE_PAIRS, has_plain_memory, is_dense
+from fused_ema.plan import Plan
 
 # Each tensor starts on a boundary of this many bytes: a cache line of a GPU, and any vector.
 _ALIGNMENT_BYTES = 128
@@ -64,20 +64,63 @@ _SAME_WIDTH = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _FLOATS = frozenset(chain.from_iterable(DTYPE_PAIRS))
 
 
-def exchange(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
-    """Exchanges pairs of one dtype, whatever dtype that is, without temporary memory."""
-    wide_a, wide_b, narrow = [], [], []
-    for x, y in zip(a, b, strict=True):
-        if x.element_size() > 1:
-            wide_a.append(_as_floats(x))
-            wide_b.append(_as_floats(y))
-        else:
-            narrow.append((x.detach().view(torch.uint8), y.detach().view(torch.uint8)))
-    ops.swap_(wide_a, wide_b)
-    for x, y in narrow:  # Bool and the 8-bit dtypes have no kernel: masks and the like, seldom.
-        x.bitwise_xor_(y)
-        y.bitwise_xor_(x)
-        x.bitwise_xor_(y)
+class Exchange:
+    """An exchange of pairs of one dtype each, any dtype; it can be undone however far it came.
+
+    Args:
+        a: Tensors.
+        b: As many of the same shapes, dtypes and devices.
+        plan: One whose pairs are exchanged as well.
+        marks: Two 0-dim float32 tensors of different values. An interrupt is raised right after a
+            call: that these are exchanged, too, tells that the call ran.
+    """
+
+    def __init__(
+        self,
+        a: Sequence[Tensor],
+        b: Sequence[Tensor],
+        plan: Plan | None,
+        marks: tuple[Tensor, Tensor],
+    ) -> None:
+        self._a, self._b = [], []
+        # Bool and the 8-bit dtypes have no kernel: masks and the like, seldom. With a copy of one.
+        self._narrow = []
+        for x, y in zip(a, b, strict=True):
+            if x.element_size() > 1:
+                self._a.append(_as_floats(x))
+                self._b.append(_as_floats(y))
+            else:
+                x, y = x.detach().view(torch.uint8), y.detach().view(torch.uint8)
+                self._narrow.append((x, y, x.clone()))
+        self._mark, other = marks
+        self._mark_before = self._mark.item()
+        if self._a:
+            self._a.append(self._mark)
+            self._b.append(other)
+        self._plan = plan
+        self._num_runs = 0 if plan is None else plan._num_runs
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Exchanges them."""
+        ops.swap_(self._a, self._b)
+        for x, y, kept in self._narrow:
+            x.copy_(y)
+            y.copy_(kept)
+        if self._plan is not None:
+            self._plan.swap()
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Undoes what an exchange that was interrupted has done."""
+        if self._plan is not None and self._plan._num_runs > self._num_runs:
+            self._plan.swap()
+        for x, y, kept in self._narrow:
+            if torch.equal(y, kept):
+                y.copy_(x)
+            x.copy_(kept)
+        if self._mark.item() != self._mark_before:
+            ops.swap_(self._a, self._b)
 
 
 def _as_floats(tensor: Tensor) -> Tensor:
@@ -91,11 +134,11 @@ def _as_floats(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """Copies pairs of any dtypes and devices."""
-    fast_dst, fast_src = [], []
-    for d, s in zip(dst, src, strict=True):
-        if d.device == s.device and (d.dtype, s.dtype) in EXCHANGE_PAIRS:
-            fast_dst.append(d)
-            fast_src.append(s)
-        else:
+    pairs = list(zip(dst, src, strict=True))
+    is_fast = [d.device == s.device and (d.dtype, s.dtype) in EXCHANGE_PAIRS for d, s in pairs]
+    fast = list(compress(pairs, is_fast))
+    # First, since it may want memory for its tables; a copy within one dtype and device wants none.
+    ops.copy_([d for d, _ in fast], [s for _, s in fast])
+    for (d, s), done in zip(pairs, is_fast, strict=True):
+        if not done:
             d.copy_(s)
-    ops.copy_(fast_dst, fast_src)

@@ -12,13 +12,11 @@ from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fused_ema import _native
-from fused_ema._foreach import is_dense
+from fused_ema._foreach import has_plain_memory, is_dense
 
 # Children that stand for their parent: of torch.compile, activation checkpointing and FSDP1.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -218,8 +216,3 @@ def _memory_of(tensor: Tensor) -> object:
     # A view with gaps is the same memory only as the very same view.
     geometry = None if is_dense(tensor) else (tensor.shape, tensor.stride())
     return tensor.device, tensor.data_ptr(), tensor.numel(), tensor.dtype, geometry
-
-
-def has_plain_memory(tensor: Tensor) -> bool:
-    """Whether its elements lie in memory of its own: not so for a DTensor or a sparse tensor."""
-    return tensor.layout == torch.strided and not is_traceable_wrapper_subclass(tensor)

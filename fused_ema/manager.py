@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, Literal
@@ -19,8 +19,9 @@ from fused_ema.schedules import Schedule
 
 _TITLE = "fused_ema.EMAManager"
 
-# Managers whose model holds their ema. Nobody else may average or exchange its tensors meanwhile.
-_swapped_managers: weakref.WeakSet[EMAManager] = weakref.WeakSet()
+# Managers whose model holds their ema, by id: nobody else may touch its tensors meanwhile. Of all
+# weak containers this one can be listed while other threads change it.
+_swapped_managers: weakref.WeakValueDictionary[int, EMAManager] = weakref.WeakValueDictionary()
 
 
 class EMAManager:
@@ -132,6 +133,8 @@ class EMAManager:
         self._in_context = False
         # While swapped: the raw values of the slots that aren't exchanged in place, by index.
         self._aside: dict[int, Tensor] = {}
+        with torch.inference_mode(False):
+            self._marks = torch.zeros(()), torch.ones(())
         tree = _tracking.read(model)
         self._tracked = self._policy.track(tree, self._selection.choose(tree.members))
 
@@ -224,8 +227,7 @@ class EMAManager:
                 + ("leave swapped()" if self._in_context else "call swap()")
                 + " first, so that the raw weights are back"
             )
-        if _swapped_managers:
-            self._refuse_if_another_is_swapped("update")
+        self._refuse_if_another_is_swapped("update")
         if i < self._begin:
             self._apply(None)
         elif (i + 1) % self._interval == 0:
@@ -267,6 +269,10 @@ class EMAManager:
         try:
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.param for slot in staged])
+            if copied:
+                # Before the average: a copy that fails can be made again, an average can't.
+                tracked.plan._check()
+                _storage.copy([slot.ema for slot in copied], [slot.param for slot in copied])
             if momentum is None:
                 tracked.plan.copy_to_ema()
             else:
@@ -274,8 +280,6 @@ class EMAManager:
         except (TypeError, ValueError, RuntimeError):
             tracked.check_geometry("update")  # Says it in the model's words.
             raise
-        if copied:
-            _storage.copy([slot.ema for slot in copied], [slot.param for slot in copied])
 
     # ---- for evaluation
 
@@ -284,7 +288,8 @@ class EMAManager:
         """The model holds the ema inside of the ``with``, and its raw weights again after it.
 
         Whatever is raised inside, the raw weights come back. Nothing is allocated where ema and
-        param have one dtype: they are exchanged. Elsewhere the raw weights are set aside and the
+        param have one dtype (but for the time of a swap, a copy of each 8-bit or bool buffer): they
+        are exchanged. Elsewhere the raw weights are set aside and the
         ema is rounded into the model, so that the ema itself loses nothing; what is written to
         such a param meanwhile is dropped.
 
@@ -293,13 +298,18 @@ class EMAManager:
             ValueError: A param was resized, or moved to another device.
         """
         self._refuse_if_swapped("swapped")
-        self._swap_in("swapped")
-        self._in_context = True
         try:
+            self._swap_in("swapped")
+            self._in_context = True
             yield
         finally:
             self._in_context = False
-            self._swap_out("swapped")
+            if self._is_swapped:
+                try:
+                    self._swap_out("swapped")
+                except (KeyboardInterrupt, SystemExit):
+                    self._swap_out("swapped")
+                    raise
 
     def swap(self) -> None:
         """Exchanges the ema and the model's weights; a second call brings them back.
@@ -326,14 +336,8 @@ class EMAManager:
         # All that may fail for want of memory comes before the first write to the model.
         room = _slots.room_for_raw([slots[i] for i in others])
         _storage.copy(room, [slots[i].param for i in others])
-        aside = dict(zip(others, room, strict=True))
-        try:
-            self._exchange(aside, [slots[i].ema for i in others])
-        except BaseException:
-            _storage.copy([slots[i].param for i in others], room)
-            raise
-        self._aside = aside
-        self._set_swapped(True)
+        emas = [slots[i].ema for i in others]
+        self._exchange(True, dict(zip(others, room, strict=True)), values=emas, before=room)
 
     def _swap_out(self, op: str) -> None:
         # What was swapped in must come out, whatever else has become of the model meanwhile.
@@ -350,40 +354,55 @@ class EMAManager:
             # With the old tree: the next update finds out what else has changed.
             self._tracked = tracked = tracked.rebound(tracked.tree, continued)
         tracked.check_geometry(op)
-        self._exchange(self._aside, list(self._aside.values()))
-        self._aside = {}
-        self._set_swapped(False)
+        aside = self._aside
+        emas = [tracked.slots[i].ema for i in aside]
+        self._exchange(False, aside, values=list(aside.values()), before=emas)
 
     def _set_swapped(self, is_swapped: bool) -> None:
         self._is_swapped = is_swapped
         if is_swapped:
-            _swapped_managers.add(self)
+            _swapped_managers[id(self)] = self
         else:
-            _swapped_managers.discard(self)
+            _swapped_managers.pop(id(self), None)
 
-    def _exchange(self, aside: Mapping[int, Tensor], values: Sequence[Tensor]) -> None:
-        """Exchanges every slot but those set aside, whose params get the values."""
-        tracked = self._tracked
+    def _exchange(
+        self,
+        is_swapped: bool,
+        aside: Mapping[int, Tensor],
+        *,
+        values: Sequence[Tensor],
+        before: Sequence[Tensor],
+    ) -> None:
+        """Exchanges every slot but those set aside, whose params get the values; or none of it.
+
+        Args:
+            is_swapped: Whether the model holds the ema afterwards.
+            aside: Raw values by slot, to be kept while the model is swapped.
+            values: What the params of these slots get.
+            before: What they get back where something goes wrong.
+        """
+        tracked, was_aside = self._tracked, self._aside
+        params = [tracked.slots[i].param for i in aside]
         here = [slot for i, slot in enumerate(tracked.slots) if i not in aside]
         # The plan has its table already, and takes its pairs in one launch; but only all of them.
         by_plan = sum(slot.kind == "average" for slot in here) == len(tracked.plan)
         rest = [slot for slot in here if slot.kind != "average"] if by_plan else here
-        emas, params = [slot.ema for slot in rest], [slot.param for slot in rest]
-
-        def exchange() -> None:
-            _storage.exchange(emas, params)
-            if by_plan:
-                try:
-                    tracked.plan.swap()
-                except BaseException:
-                    _storage.exchange(emas, params)
-                    raise
-
-        exchange()
+        exchange = _storage.Exchange(
+            [slot.ema for slot in rest],
+            [slot.param for slot in rest],
+            tracked.plan if by_plan else None,
+            self._marks,
+        )
         try:
-            _storage.copy([tracked.slots[i].param for i in aside], values)
+            exchange.run()
+            _storage.copy(params, values)
+            self._aside = dict(aside) if is_swapped else {}
+            self._set_swapped(is_swapped)
         except BaseException:
-            exchange()
+            exchange.undo()
+            _storage.copy(params, before)
+            self._aside = was_aside
+            self._set_swapped(not is_swapped)
             raise
 
     def copy_to(self, model: nn.Module) -> None:
@@ -396,7 +415,8 @@ class EMAManager:
         Raises:
             TypeError: The model is no module.
             ValueError: Names are missing or shapes differ; the error lists them all.
-            RuntimeError: The tracked model itself, while it is swapped.
+            RuntimeError: The tracked model itself while it is swapped, or one that holds the ema
+                of another manager.
         """
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -424,6 +444,7 @@ class EMAManager:
                     f"{_TITLE}.copy_to: the model is swapped, so it holds the ema already; swap "
                     "back first"
                 )
+        self._refuse_if_another_holds("copy_to", ((m.name, m.tensor) for g in tied for m in g))
         _storage.copy([group[0].tensor for group in tied], [emas[group[0].name] for group in tied])
 
     # ---- when the model has changed
@@ -572,13 +593,20 @@ class EMAManager:
         self._refuse_if_another_is_swapped(op)
 
     def _refuse_if_another_is_swapped(self, op: str) -> None:
-        own = {id(slot.param): slot.name for slot in self._tracked.slots}
-        for other in _swapped_managers:
+        if _swapped_managers:
+            self._refuse_if_another_holds(op, ((s.name, s.param) for s in self._tracked.slots))
+
+    def _refuse_if_another_holds(self, op: str, named: Iterable[tuple[str, Tensor]]) -> None:
+        names = {id(tensor): name for name, tensor in named}
+        for reference in _swapped_managers.valuerefs():
+            other = reference()
+            if other is None or other is self:
+                continue
             for slot in other._tracked.slots:
-                if other is not self and id(slot.param) in own:
+                if id(slot.param) in names:
                     raise RuntimeError(
-                        f"{_TITLE}.{op}: '{own[id(slot.param)]}' holds the ema of another manager; "
-                        "swap that one back first"
+                        f"{_TITLE}.{op}: '{names[id(slot.param)]}' holds the ema of another "
+                        "manager; swap that one back first"
                     )
 
     def _ema_of(self, index: int) -> Tensor:

@@ -95,6 +95,21 @@ class Plan:
         entries: list[dict[str, Any]] = self._plan.describe()
         return entries
 
+    def _check(self) -> None:
+        """Raises what any call would raise now."""
+        self._plan.check()
+
+    @property
+    def _num_runs(self) -> int:
+        """Calls that have done all of their work."""
+        return int(self._plan.num_runs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "fused_ema.Plan: a plan can't be copied or pickled, since it holds on to the memory of "
+            "its tensors; make a plan of the other tensors"
+        )
+
     def __len__(self) -> int:
         """The number of tensor pairs."""
         return self._num_tensors
