@@ -7,17 +7,21 @@ forward and backward come between, each takes longer. "Beyond the plan" is the d
 medians of the same rounds. Unasked with one thread: what is sought is serial, and a second thread
 whose core another program has would make the plan wait for it.
 
+At last a small model is updated 200,000 times, to see whether an update takes longer with time.
+
 The run fails where a row does something else, where `swapped()` allocates memory for tensors, or
 where an update calls `state_dict()`. Times have targets, and a missed one is only shown.
 """
 
 import argparse
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -41,6 +45,10 @@ FORM: Form = "mul_add"  # The arithmetic of the naive loop.
 TARGETS_US = {"update": 10.0, "schedule": 10.0, "skip": 2.0}
 _NEVER = 10**15  # As an interval.
 _SECONDS = 10.0
+# The long run: of a small model, in so many parts.
+LONG_UPDATES = 200_000
+_LONG_PARTS = 20
+_LONG_TENSORS = 20
 _LAYERS_A_BLOCK = 4
 _BLOCKS_A_STAGE = 8
 
@@ -201,7 +209,33 @@ def state_dict_calls(call: Call) -> int:
     return len(called)
 
 
-def run(num_tensors: int, rounds: int | None, device: torch.device) -> dict[str, Any]:
+def long_run(num_updates: int, device: torch.device) -> dict[str, Any]:
+    """Times consecutive parts of a run of that many updates: whether any of it takes longer."""
+    manager = fused_ema.EMAManager(
+        make_model(_LONG_TENSORS, device), momentum_fun=schedules.exponential(), form=FORM
+    )
+    size = max(1, num_updates // _LONG_PARTS)
+    parts_us = []
+    for _ in range(_LONG_PARTS):
+        begin = time.perf_counter()
+        for _ in range(size):
+            manager.update()
+        parts_us.append((time.perf_counter() - begin) / size * 1e6)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    half = _LONG_PARTS // 2
+    first, last = median(parts_us[:half]), median(parts_us[half:])
+    return {
+        "num_updates": manager.num_updates,
+        "num_tensors": _LONG_TENSORS,
+        "us_of_parts": parts_us,
+        "last_half_of_first": last / first,
+    }
+
+
+def run(
+    num_tensors: int, rounds: int | None, num_long_updates: int, device: torch.device
+) -> dict[str, Any]:
     """Checks, counts and times; returns what the JSON file holds, without the environment."""
     rows = make_rows(num_tensors, device)
     failures = [f"{row.title}: {wrong}" for row in rows.values() if (wrong := check(row))]
@@ -255,6 +289,7 @@ def run(num_tensors: int, rounds: int | None, device: torch.device) -> dict[str,
         },
         "allocated_bytes": allocated,
         "state_dict_calls": calls,
+        "long_run": long_run(num_long_updates, device),
     }
 
 
@@ -297,6 +332,13 @@ def main(argv: Sequence[str]) -> int:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--tensors", type=number(int, 1), default=NUM_TENSORS, help="of the model (%(default)s)")
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
+    add(
+        "--long",
+        type=number(int, 1),
+        default=LONG_UPDATES,
+        metavar="UPDATES",
+        help="of the long run (%(default)s)",
+    )
     add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
     add("--threads", type=number(int, 1), default=1, help="of torch, on the CPU (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
@@ -307,7 +349,7 @@ def main(argv: Sequence[str]) -> int:
 
     device = torch.device(args.device)
     with report.measuring(device) as facts:
-        content = run(args.tensors, args.rounds, device)
+        content = run(args.tensors, args.rounds, args.long, device)
     report.show(table(content))
     allocated, calls = content["allocated_bytes"], content["state_dict_calls"]
     print(
@@ -317,6 +359,12 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"{NUM_UPDATES} updates call state_dict() {calls['update']:,} times; the naive loop's "
         f"{calls['naive']:,}"
+    )
+    long = content["long_run"]
+    print(
+        f"{long['num_updates']:,} updates of {long['num_tensors']} tensors in a row: an update of "
+        f"the second half takes {long['last_half_of_first']:.2f} times one of the first "
+        f"(parts from {min(long['us_of_parts']):.1f} to {max(long['us_of_parts']):.1f} us)"
     )
     if args.json:
         report.write_json(args.json, facts, content)

@@ -15,7 +15,7 @@ from bench.providers import Lists
 CPU = torch.device("cpu")
 AVERAGING = ("plan", "update", "schedule", "naive")
 STAYING = ("skip", "swapped", "naive swapped")
-QUICK = ["manager", "--tensors", "21", "--rounds", "2", "--device", "cpu"]
+QUICK = ["manager", "--tensors", "21", "--rounds", "2", "--long", "60", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -153,6 +153,16 @@ def test_the_manager_allocates_nothing_and_walks_nothing(whole_run):
     calls = content["state_dict_calls"]
     assert calls.pop("naive") == 10 * content["settings"]["num_modules"]
     assert calls == {"update": 0, "schedule": 0, "skip": 0}
+
+
+def test_the_long_run_is_recorded(whole_run):
+    long = whole_run[1]["long_run"]
+    parts = long.pop("us_of_parts")
+    ratio = long.pop("last_half_of_first")
+    assert long == {"num_updates": 60, "num_tensors": 20}
+    assert len(parts) == 20
+    first, last = (sorted(half)[4:6] for half in (parts[:10], parts[10:]))
+    assert ratio == pytest.approx(sum(last) / sum(first))
 
 
 def test_settings_are_recorded(whole_run):
