@@ -483,9 +483,6 @@ def test_warp_tiles_move_in_16_bytes_and_every_vector_is_in_flight(kernels):
     )
 
 
-# nvcc 13.0 turns a bf16 element to fp32 right behind its load, inside the guard of the load: an odd
-# element before the vectors are loaded, and for sm_100 each vector of a b that moves in elements.
-@pytest.mark.xfail(reason="bf16 elements are waited for before the next vector is loaded")
 def test_every_load_of_a_warp_tile_is_in_flight(kernels):
     assert_none(
         {

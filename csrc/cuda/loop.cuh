@@ -53,7 +53,11 @@ __device__ __forceinline__ void run_vectors(const Op& op, A* __restrict__ a, B* 
     const int i = u * team_size + rank;
     if (kFull || i < num_vectors) {
 #pragma unroll
-      for (int k = 0; k < kVec; ++k) op(va[u].e[k], vb[u].e[k]);
+      for (int k = 0; k < kVec; ++k) {
+        if constexpr (Op::kReadsA && !kFull) stay_as_loaded(va[u].e[k]);
+        if constexpr (Op::kReadsB && !kFull) stay_as_loaded(vb[u].e[k]);
+        op(va[u].e[k], vb[u].e[k]);
+      }
       if constexpr (Op::kWritesA) store_vec<true>(a + i * kVec, va[u]);
       if constexpr (Op::kWritesB) store_vec<kAlignedB>(b + i * kVec, vb[u]);
     }
@@ -93,6 +97,8 @@ __device__ __forceinline__ void run_warp_tile(const Op& op, const Tile& tile, in
   }
   run_body<false>(op, a + head, b + head, num_vectors, lane, kWarpSize);
   if (has_odd) {
+    if constexpr (Op::kReadsA) stay_as_loaded(odd_a);
+    if constexpr (Op::kReadsB) stay_as_loaded(odd_b);
     op(odd_a, odd_b);
     if constexpr (Op::kWritesA) a[odd] = odd_a;
     if constexpr (Op::kWritesB) b[odd] = odd_b;

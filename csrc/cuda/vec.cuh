@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../tiles.h"
 
@@ -57,6 +58,26 @@ __device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& from) {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = from.e[i];
   }
+}
+
+// Whatever is computed from the value is computed after this. Without it nvcc 13.0 turns a bf16
+// element into fp32 right behind its load, and so waits for it before it issues the next load.
+template <typename T>
+__device__ __forceinline__ void stay_as_loaded([[maybe_unused]] T& value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(uint16_t)) {
+    uint16_t bits;
+    memcpy(&bits, &value, sizeof(T));
+    asm("" : "+h"(bits));
+    memcpy(&value, &bits, sizeof(T));
+  } else {
+    uint32_t words[sizeof(T) / sizeof(uint32_t)];
+    memcpy(words, &value, sizeof(T));
+#pragma unroll
+    for (uint32_t& word : words) asm("" : "+r"(word));
+    memcpy(&value, words, sizeof(T));
+  }
+#endif
 }
 
 }  // namespace fused_ema::cuda
