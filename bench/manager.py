@@ -7,7 +7,8 @@ forward and backward come between, each takes longer. "Beyond the plan" is the d
 medians of the same rounds. Unasked with one thread: what is sought is serial, and a second thread
 whose core another program has would make the plan wait for it.
 
-At last a small model is updated 200,000 times, to see whether an update takes longer with time.
+At last a small model is updated 200,000 times, to see whether an update takes longer then than one
+of a new manager.
 
 The run fails where a row does something else, where `swapped()` allocates memory for tensors, or
 where an update calls `state_dict()`. Times have targets, and a missed one is only shown.
@@ -15,13 +16,11 @@ where an update calls `state_dict()`. Times have targets, and a missed one is on
 
 import argparse
 import os
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 from unittest.mock import patch
 
@@ -45,10 +44,9 @@ FORM: Form = "mul_add"  # The arithmetic of the naive loop.
 TARGETS_US = {"update": 10.0, "schedule": 10.0, "skip": 2.0}
 _NEVER = 10**15  # As an interval.
 _SECONDS = 10.0
-# The long run: of a small model, in so many parts.
 LONG_UPDATES = 200_000
-_LONG_PARTS = 20
 _LONG_TENSORS = 20
+_BATCH = 500  # Of the small model, updates that are timed together.
 _LAYERS_A_BLOCK = 4
 _BLOCKS_A_STAGE = 8
 
@@ -209,28 +207,37 @@ def state_dict_calls(call: Call) -> int:
     return len(called)
 
 
-def long_run(num_updates: int, device: torch.device) -> dict[str, Any]:
-    """Times consecutive parts of a run of that many updates: whether any of it takes longer."""
-    manager = fused_ema.EMAManager(
-        make_model(_LONG_TENSORS, device), momentum_fun=schedules.exponential(), form=FORM
+def long_run(num_updates: int, rounds: int | None, device: torch.device) -> dict[str, Any]:
+    """Times updates of a manager that has done so many, and of a new one beside it."""
+    worn, new = (
+        fused_ema.EMAManager(
+            make_model(_LONG_TENSORS, device), momentum_fun=schedules.exponential(), form=FORM
+        )
+        for _ in range(2)
     )
-    size = max(1, num_updates // _LONG_PARTS)
-    parts_us = []
-    for _ in range(_LONG_PARTS):
-        begin = time.perf_counter()
-        for _ in range(size):
-            manager.update()
-        parts_us.append((time.perf_counter() - begin) / size * 1e6)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-    half = _LONG_PARTS // 2
-    first, last = median(parts_us[:half]), median(parts_us[half:])
+    _update_often(worn, num_updates)
+    timings = timer.interleave(
+        {
+            "worn": [partial(_update_often, worn, _BATCH)],
+            "new": [partial(_update_often, new, _BATCH)],
+        },
+        timer.HostClock() if device.type == "cuda" else timer.CpuClock(),
+        seconds=_SECONDS / 5,
+        rounds=rounds,
+        hot=True,
+    )
+    us = {name: timing.median / _BATCH * 1e6 for name, timing in timings.items()}
     return {
-        "num_updates": manager.num_updates,
+        "num_updates": num_updates,
         "num_tensors": _LONG_TENSORS,
-        "us_of_parts": parts_us,
-        "last_half_of_first": last / first,
+        "us": us,
+        "worn_of_new": us["worn"] / us["new"],
     }
+
+
+def _update_often(manager: fused_ema.EMAManager, times: int) -> None:
+    for _ in range(times):
+        manager.update()
 
 
 def run(
@@ -289,7 +296,7 @@ def run(
         },
         "allocated_bytes": allocated,
         "state_dict_calls": calls,
-        "long_run": long_run(num_long_updates, device),
+        "long_run": long_run(num_long_updates, rounds, device),
     }
 
 
@@ -337,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
         type=number(int, 1),
         default=LONG_UPDATES,
         metavar="UPDATES",
-        help="of the long run (%(default)s)",
+        help="before the last comparison (%(default)s)",
     )
     add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
     add("--threads", type=number(int, 1), default=1, help="of torch, on the CPU (%(default)s)")
@@ -362,9 +369,9 @@ def main(argv: Sequence[str]) -> int:
     )
     long = content["long_run"]
     print(
-        f"{long['num_updates']:,} updates of {long['num_tensors']} tensors in a row: an update of "
-        f"the second half takes {long['last_half_of_first']:.2f} times one of the first "
-        f"(parts from {min(long['us_of_parts']):.1f} to {max(long['us_of_parts']):.1f} us)"
+        f"after {long['num_updates']:,} updates of {long['num_tensors']} tensors, one takes "
+        f"{long['worn_of_new']:.2f} times one of a new manager ({long['us']['worn']:.2f} and "
+        f"{long['us']['new']:.2f} us)"
     )
     if args.json:
         report.write_json(args.json, facts, content)

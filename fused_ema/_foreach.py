@@ -320,15 +320,18 @@ class Plan:
         self._seen = self._geometry()
         self.num_runs = 0
 
-    def _geometry(self) -> list[tuple[torch.Size, torch.dtype, torch.device, int]]:
-        # The size of the storage, too: torch's functions would write to one that was freed.
+    def _geometry(self) -> list[tuple[object, ...]]:
         return [
-            (t.shape, t.dtype, t.device, t.untyped_storage().nbytes() if has_plain_memory(t) else 0)
+            (
+                *(t.shape, t.stride(), t.dtype, t.device, t.data_ptr()),
+                t.untyped_storage().nbytes() if has_plain_memory(t) else 0,
+            )
             for t in (*self._ema, *self._params)
         ]
 
     def check(self) -> None:
-        # Torch follows moved memory by itself, but it would broadcast a changed shape in silence.
+        # Torch would broadcast a changed shape, and write to memory that was freed or that two
+        # share, in silence.
         geometry = self._geometry()
         if geometry != self._seen:
             check_lists("Plan", self._ema, self._params, self._names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -73,7 +74,7 @@ class Tracked:
         tree: The model that was read.
         members: The tracked ones, in the model's order.
         slots: Of these members; tied ones share one.
-        plan: Of the averaged slots.
+        averaged: Slots to average at each update.
         copied: Slots to copy at each update.
         followed: Slots to copy before the first average; the plan copies the averaged ones.
         staged: Averaged slots whose param must be brought to the ema's device.
@@ -82,21 +83,25 @@ class Tracked:
     """
 
     def __init__(self, tree: Tree, members: Sequence[Member], slots: Sequence[Slot]) -> None:
-        averaged = [slot for slot in slots if slot.kind == "average"]
         self.tree = tree
         self.members = members
         self.slots = slots
-        self.plan = Plan(
-            [slot.ema for slot in averaged],
-            [slot.source for slot in averaged],
-            [slot.name for slot in averaged],
-        )
+        self.averaged = [slot for slot in slots if slot.kind == "average"]
         self.copied = [slot for slot in slots if slot.kind == "copy"]
         self.followed = [slot for slot in slots if slot.kind != "average"]
-        self.staged = [slot for slot in averaged if slot.stage is not None]
+        self.staged = [slot for slot in self.averaged if slot.stage is not None]
         self.tied = [
             slot for slot in slots if any(m.tensor is not slot.param for m in slot.members)
         ]
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Of the averaged slots. Raises what making a plan raises."""
+        return Plan(
+            [slot.ema for slot in self.averaged],
+            [slot.source for slot in self.averaged],
+            [slot.name for slot in self.averaged],
+        )
 
     def rebound(self, tree: Tree, now: Mapping[str, Member]) -> Tracked:
         """The same slots with the tensors that now stand under their names."""
@@ -105,6 +110,15 @@ class Tracked:
             for slot in self.slots
         ]
         return Tracked(tree, [now.get(m.name, m) for m in self.members], slots)
+
+    def restaged(self) -> Tracked:
+        """The same with stages of the dtypes that the params have now."""
+        with torch.inference_mode(False):  # As in allocate().
+            slots = [
+                s if s.stage is None else replace(s, stage=s.stage.to(s.param.dtype))
+                for s in self.slots
+            ]
+        return Tracked(self.tree, self.members, slots)
 
     def by_name(self, values_of: Callable[[int], Tensor]) -> dict[str, Tensor]:
         """Name to values, from a function of the slot's index; in the model's order."""
@@ -185,6 +199,7 @@ class Policy:
             for i, (group, kind, ema) in enumerate(zip(groups, kinds, emas, strict=True))
         ]
         tracked = Tracked(tree, members, slots)
+        tracked.plan  # noqa: B018  (now, so that what can't be averaged is an error at once)
         _storage.copy(emas, params)
         return tracked
 
@@ -228,8 +243,9 @@ def needs_stage(ema_device: torch.device, param_device: torch.device) -> bool:
 
 
 def room_for_raw(slots: Sequence[Slot]) -> list[Tensor]:
-    """Memory for the params of these slots; where there is a stage, that."""
-    missing = [slot.param for slot in slots if slot.stage is None]
+    """Memory for the params of these slots; where there is a stage of their dtype, that."""
+    stages = [s.stage if s.source.dtype == s.param.dtype else None for s in slots]
+    missing = [slot.param for slot, stage in zip(slots, stages, strict=True) if stage is None]
     dtypes, devices = [p.dtype for p in missing], [p.device for p in missing]
     made = iter(_storage.allocate(missing, dtypes, devices))
-    return [next(made) if slot.stage is None else slot.stage for slot in slots]
+    return [next(made) if stage is None else stage for stage in stages]

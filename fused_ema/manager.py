@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Real
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ class EMAManager:
 
         While swapped the averages are the model's own tensors, where those are of the same dtype.
         """
-        yield from self._tracked.by_name(self._ema_of).items()
+        yield from self._emas().items()
 
     def __repr__(self) -> str:
         momentum = self._momentum if self._momentum_fun is None else self._momentum_fun
@@ -263,6 +263,8 @@ class EMAManager:
         tracked = self._tracked
         if not tracked.tree.is_current_so_far():
             tracked = self._follow("update")
+        if tracked.staged and any(s.source.dtype != s.param.dtype for s in tracked.staged):
+            self._tracked = tracked = tracked.restaged()
         copied = tracked.followed if momentum is None else tracked.copied
         if tracked.tied or copied:
             tracked.check_geometry("update", (*tracked.tied, *copied))
@@ -336,10 +338,25 @@ class EMAManager:
         # All that may fail for want of memory comes before the first write to the model.
         room = _slots.room_for_raw([slots[i] for i in others])
         _storage.copy(room, [slots[i].param for i in others])
-        emas = [slots[i].ema for i in others]
-        self._exchange(True, dict(zip(others, room, strict=True)), values=emas, before=room)
+        writes = [
+            _Write(slots[i].param, slots[i].ema, raw) for i, raw in zip(others, room, strict=True)
+        ]
+        self._exchange(True, dict(zip(others, room, strict=True)), writes)
 
     def _swap_out(self, op: str) -> None:
+        self._follow_buffers()
+        tracked = self._tracked
+        tracked.check_geometry(op)
+        slots, aside = tracked.slots, self._aside
+        writes = [_Write(slots[i].param, raw, slots[i].ema) for i, raw in aside.items()]
+        for i, slot in enumerate(slots):
+            # Converted while it held the ema: each side takes the other's values in its own dtype.
+            if i not in aside and slot.ema.dtype != slot.param.dtype:
+                raw, ema = slot.ema.clone(), slot.param.detach().clone()
+                writes += [_Write(slot.param, raw, ema), _Write(slot.ema, ema, raw)]
+        self._exchange(False, aside, writes)
+
+    def _follow_buffers(self) -> None:
         # What was swapped in must come out, whatever else has become of the model meanwhile.
         tracked = self._tracked
         if not tracked.tree.is_current():
@@ -352,11 +369,7 @@ class EMAManager:
                 if was.name in now and _is_continued(was, now[was.name])
             }
             # With the old tree: the next update finds out what else has changed.
-            self._tracked = tracked = tracked.rebound(tracked.tree, continued)
-        tracked.check_geometry(op)
-        aside = self._aside
-        emas = [tracked.slots[i].ema for i in aside]
-        self._exchange(False, aside, values=list(aside.values()), before=emas)
+            self._tracked = tracked.rebound(tracked.tree, continued)
 
     def _set_swapped(self, is_swapped: bool) -> None:
         self._is_swapped = is_swapped
@@ -366,26 +379,23 @@ class EMAManager:
             _swapped_managers.pop(id(self), None)
 
     def _exchange(
-        self,
-        is_swapped: bool,
-        aside: Mapping[int, Tensor],
-        *,
-        values: Sequence[Tensor],
-        before: Sequence[Tensor],
+        self, is_swapped: bool, aside: Mapping[int, Tensor], writes: Sequence[_Write]
     ) -> None:
-        """Exchanges every slot but those set aside, whose params get the values; or none of it.
+        """Exchanges the slots in place and writes the others, all of them or none.
 
         Args:
             is_swapped: Whether the model holds the ema afterwards.
             aside: Raw values by slot, to be kept while the model is swapped.
-            values: What the params of these slots get.
-            before: What they get back where something goes wrong.
+            writes: For the slots that are set aside, or whose two dtypes differ.
         """
         tracked, was_aside = self._tracked, self._aside
-        params = [tracked.slots[i].param for i in aside]
-        here = [slot for i, slot in enumerate(tracked.slots) if i not in aside]
+        here = [
+            slot
+            for i, slot in enumerate(tracked.slots)
+            if i not in aside and slot.ema.dtype == slot.param.dtype
+        ]
         # The plan has its table already, and takes its pairs in one launch; but only all of them.
-        by_plan = sum(slot.kind == "average" for slot in here) == len(tracked.plan)
+        by_plan = sum(slot.kind == "average" for slot in here) == len(tracked.averaged)
         rest = [slot for slot in here if slot.kind != "average"] if by_plan else here
         exchange = _storage.Exchange(
             [slot.ema for slot in rest],
@@ -393,14 +403,15 @@ class EMAManager:
             tracked.plan if by_plan else None,
             self._marks,
         )
+        written = [write.tensor for write in writes]
         try:
             exchange.run()
-            _storage.copy(params, values)
+            _storage.copy(written, [write.values for write in writes])
             self._aside = dict(aside) if is_swapped else {}
             self._set_swapped(is_swapped)
         except BaseException:
             exchange.undo()
-            _storage.copy(params, before)
+            _storage.copy(written, [write.before for write in writes])
             self._aside = was_aside
             self._set_swapped(not is_swapped)
             raise
@@ -423,7 +434,7 @@ class EMAManager:
                 f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
             )
         members = {member.name: member for member in _tracking.read(model).members}
-        emas = self._tracked.by_name(self._ema_of)
+        emas = self._emas()
         problems = [f"'{name}' is missing in the model" for name in emas if name not in members]
         problems += [
             f"'{name}' has shape {list(members[name].tensor.shape)} but its ema has "
@@ -480,7 +491,7 @@ class EMAManager:
             ValueError: As making a manager.
         """
         self._refuse_if_swapped("refresh")
-        old = self._tracked.by_name(self._ema_of)
+        old = self._emas()
         tree = _tracking.read(self._model)
         tracked = self._policy.track(tree, self._selection.choose(tree.members))
         goes_on, started = [], []
@@ -506,11 +517,11 @@ class EMAManager:
         The tensors are the live ones, not copies, as in ``module.state_dict()``. Under ``"ema"``
         stands the average, whether the model is swapped or not.
         """
+        ema = self._emas()
         tracked = self._tracked
         raw = {}
         if self._is_swapped:
             raw = tracked.by_name(lambda i: self._aside.get(i, tracked.slots[i].ema))
-        ema = tracked.by_name(self._ema_of)
         return state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -609,10 +620,23 @@ class EMAManager:
                         "manager; swap that one back first"
                     )
 
+    def _emas(self) -> dict[str, Tensor]:
+        if self._is_swapped:
+            self._follow_buffers()
+        return self._tracked.by_name(self._ema_of)
+
     def _ema_of(self, index: int) -> Tensor:
         slot = self._tracked.slots[index]
         is_in_model = self._is_swapped and index not in self._aside
         return slot.param.detach() if is_in_model else slot.ema
+
+
+class _Write(NamedTuple):
+    """Values for a tensor, and those that it gets back where something goes wrong."""
+
+    tensor: Tensor
+    values: Tensor
+    before: Tensor
 
 
 def _described(member: _tracking.Member) -> str:

@@ -488,6 +488,28 @@ def test_nothing_is_allocated_where_the_dtypes_agree():
     assert allocated_by(EMAManager(Net(torch.bfloat16))) > 500
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_model_converted_while_it_holds_the_ema_gets_its_raw_weights_back(dtype):
+    # Its buffers are other tensors then, and every param's dtype is another than its ema's.
+    model = Net(torch.bfloat16)
+    del model.table  # Conversions make complex tensors real.
+    ema = EMAManager(model, 0.5, ema_dtype="param")
+    move(model, 0)
+    ema.update()
+    raw, averages = values_of(model), {name: e.clone() for name, e in ema.named_emas()}
+    with ema.swapped():
+        model.to(dtype)
+        assert_same(model.to(torch.bfloat16).state_dict(), averages)
+        model.to(dtype)
+    assert not ema.is_swapped
+    assert model.scale.dtype == dtype
+    model.to(torch.bfloat16)
+    assert_same(model.state_dict(), raw)
+    assert_same(ema.named_emas(), averages)
+    ema.update()
+    assert ema.num_updates == 2
+
+
 def test_what_is_written_meanwhile_belongs_to_the_ema():
     # So that torch.optim.swa_utils.update_bn inside of swapped() recalibrates the ema.
     model = Net()

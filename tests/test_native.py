@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import instruction_sets
 
 import fused_ema
 from fused_ema import _native
@@ -62,18 +63,11 @@ def test_parallel_for_is_parallel():
         torch.set_num_threads(before)
 
 
-def available_sets():
-    kept = _native.C.instruction_set()
-    names = [name for name in ("avx512", "avx2", "generic") if _native.C.set_instruction_set(name)]
-    _native.C.set_instruction_set(kept)
-    return names
-
-
 def test_unknown_instruction_sets_are_refused():
     before = _native.C.instruction_set()
     assert not _native.C.set_instruction_set("mmx")
     assert _native.C.instruction_set() == before
-    assert "generic" in available_sets()
+    assert "generic" in instruction_sets()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "each misaligned"])
@@ -97,7 +91,7 @@ def test_every_instruction_set_gives_the_same_bits(pair, layout):
 
     kept = _native.C.instruction_set()
     try:
-        results = {name: run_all(name) for name in available_sets()}
+        results = {name: run_all(name) for name in instruction_sets()}
     finally:
         _native.C.set_instruction_set(kept)
     for name, tensors in results.items():

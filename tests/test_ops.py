@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from runs import torch_update_
 
 import fused_ema
 from fused_ema.testing import (
@@ -28,13 +29,6 @@ RUNNERS = {
     "plan": lambda ema, params, m, form: fused_ema.Plan(ema, params).update(m, form),
 }
 SPECIALS = (0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 1e-8, -3e-5, 6e4, 1e30, 1e-42)
-
-
-def torch_update_(ema, param, momentum, form):
-    """The loop that fused_ema replaces, with the casts that torch needs."""
-    if form == "mul_add":
-        return ema.mul_(1 - momentum).add_(param, alpha=momentum)
-    return ema.lerp_(param.to(ema.dtype), momentum)
 
 
 def torch_update(ema, param, momentum, form):
