@@ -4,6 +4,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+FRAMEWORKS ?= .venv-frameworks
 OUT ?= bench/out
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
@@ -18,11 +19,11 @@ else
   LINT_READY := $(VENV)/.lint-ready
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-# What pyproject.toml lists as an extra, so that each version stands there alone.
-EXTRA = $(PY) -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; print(*(name for extra in sys.argv[1:] for name in extras[extra]), sep="\n")'
+# What pyproject.toml lists as an extra or a group, so that each version stands there alone.
+EXTRA = $(PY) -c 'import sys, tomllib; all = tomllib.load(open("pyproject.toml", "rb")); lists = all["project"]["optional-dependencies"] | all["dependency-groups"]; print(*(name for wanted in sys.argv[1:] for name in lists[wanted]), sep="\n")'
 CXX_FILES = find csrc tests/host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: bench test sanitize gpu-sanitize build lint format clean
+.PHONY: bench test test-frameworks sanitize gpu-sanitize build lint format clean
 
 bench: build
 	mkdir -p $(OUT)
@@ -32,6 +33,10 @@ bench: build
 
 test: build
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+# The hooks inside the real frameworks.
+test-frameworks: build $(FRAMEWORKS)/.ready
+	$(FRAMEWORKS)/bin/python -m pytest tests/frameworks $(PYTEST_ARGS)
 
 # The CPU kernels, and the CUDA kernels' own code on the host, under g++'s sanitizers.
 sanitize: $(READY)
@@ -64,6 +69,15 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) "setuptools>=77"
 	$(EXTRA) build test bench | xargs -d '\n' $(PIP)
+	touch $@
+
+# The Python of the other environment, so that one build serves both.
+$(FRAMEWORKS)/.ready: PIP := $(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check
+$(FRAMEWORKS)/.ready: pyproject.toml
+	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	$(PIP) $(TORCH) "setuptools>=77,<81" wheel
+	$(EXTRA) frameworks-alone | MMCV_WITH_OPS=0 xargs -d '\n' $(PIP) --no-deps --no-build-isolation
+	$(EXTRA) frameworks | xargs -d '\n' $(PIP)
 	touch $@
 
 $(VENV)/.lint-ready: $(VENV)/.ready
