@@ -472,31 +472,26 @@ def abort_on_the_keyboard(*args):
     raise KeyboardInterrupt
 
 
-def in_forward(run, number, how):
-    handle = run.model[3].register_forward_pre_hook(how)
+def step_with(handle, run, number):
     try:
         run.step(number)
     finally:
         handle.remove()
+
+
+def in_forward(run, number, how):
+    step_with(run.model[3].register_forward_pre_hook(how), run, number)
 
 
 def in_backward(run, number, how):
     def on_output(module, inputs, output):
         output.register_hook(how)
 
-    handle = run.model[1].register_forward_hook(on_output)
-    try:
-        run.step(number)
-    finally:
-        handle.remove()
+    step_with(run.model[1].register_forward_hook(on_output), run, number)
 
 
 def in_optimizer_step(run, number, how):
-    handle = run.optimizer.register_step_pre_hook(how)
-    try:
-        run.step(number)
-    finally:
-        handle.remove()
+    step_with(run.optimizer.register_step_pre_hook(how), run, number)
 
 
 def in_closure(run, number, how):
