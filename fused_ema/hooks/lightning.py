@@ -1,0 +1,403 @@
+"""Lightning: a callback that averages the weights during ``fit`` and evaluates with the average.
+
+Serves both of Lightning's packages, ``lightning`` and ``pytorch_lightning``, from 2.2 on.
+
+When an average moves, what a checkpoint holds and what the model holds after ``fit`` follow
+``lightning.pytorch.callbacks.WeightAveraging``, and checkpoints go both ways. Its decay is
+``1 - momentum``; its first update is a copy, so ``EMAWeightAveraging(decay=d)`` is
+``EMA(momentum=1 - d, begin=1)``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fused_ema import _tracking, state
+from fused_ema.hooks import required
+from fused_ema.manager import EMAManager
+from fused_ema.ops import Form
+from fused_ema.schedules import Schedule
+
+__all__ = ["EMA"]
+
+_TITLE = "fused_ema.hooks.lightning.EMA"
+_HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
+_NAME = "lightning.pytorch" if _HAS_LIGHTNING else "pytorch_lightning"
+_callbacks = required(f"{_NAME}.callbacks", "lightning", "lightning or pytorch_lightning >= 2.2")
+
+if TYPE_CHECKING:
+    _Callback = object
+else:
+    _Callback = _callbacks.Callback
+
+# The first three are WeightAveraging's words for these parts of a checkpoint.
+_MAIN_KEY = "state_dict"
+_RAW_KEY = "current_model_state"
+_COUNT_KEY = "averaging_state"
+_OWN_KEY = "fused_ema"
+_MANAGER_KEY = "manager"
+_EPOCH_KEY = "latest_update_epoch"
+
+
+class EMA(_Callback):
+    """Averages the weights during ``fit``; validation, testing and prediction see the average.
+
+    An update runs at the end of a batch in which an optimizer made a step: with
+    ``accumulate_grad_batches=n`` once for n batches, and not where a gradient scaler skipped the
+    step or ``training_step`` left it without gradients. Override :meth:`should_update` to choose
+    among steps, or to update at the ends of epochs. Whatever :meth:`should_update` lets through
+    is an iteration to ``interval``, ``begin`` and ``momentum_fun``, counted from 0.
+
+    From ``on_validation_start`` to ``on_validation_end`` the model holds the average; in the
+    sanity check too, where it is a clone of the weights. The raw weights come back whatever
+    is raised inside.
+
+    A checkpoint holds the average in its ``state_dict``, as ``load_from_checkpoint`` takes it, and
+    the raw weights in ``current_model_state``: ``fit(ckpt_path=...)`` goes on from it bit for bit,
+    also from one of Lightning's own ``WeightAveraging``. ``save_weights_only=True`` asks no
+    callback, so such a file holds the raw weights.
+
+    After ``fit`` the model holds the average; a checkpoint saved then still has the raw weights.
+    Another ``fit`` starts a new average from the weights that the model holds. The manager is made
+    when ``fit`` starts, once the model is on its device, and is the attribute :attr:`manager`.
+
+    Args:
+        momentum: The weight of the new value, between 0 and 1, both excluded; 1 - decay.
+        interval: As of :class:`fused_ema.EMAManager`, in iterations that :meth:`should_update`
+            let through; so are the others below.
+        skip_buffers: Average parameters only.
+        momentum_fun: The momentum as a function of the 0-based iteration.
+        form: ``"lerp"`` or ``"mul_add"``.
+        begin: The first iteration that averages; before it the average follows by copy.
+        ema_dtype: Of averages; None for float32 where the param is narrower.
+        device: Of averages; None for each param's.
+        copy_buffers: Copy buffers at every update instead of averaging them.
+        skip_frozen: Leave out parameters that don't require a gradient when ``fit`` starts.
+        include: Track only names that match one of these shell patterns.
+        exclude: Leave out names that match one of these.
+        deploy: Which weights the ``state_dict`` of a checkpoint, and the model after ``fit``, hold:
+            ``"ema"``, or ``"raw"`` with the average kept beside.
+
+    Raises:
+        TypeError: As EMAManager.
+        ValueError: As EMAManager; an unknown ``deploy``. Here, but for patterns and dtypes, which
+            need the model and so come when ``fit`` starts.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[EMA(momentum=0.001)])  # doctest: +SKIP
+        >>> trainer.fit(model, train_loader, val_loader)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        skip_buffers: bool = False,
+        momentum_fun: Schedule | None = None,
+        *,
+        form: Form = "lerp",
+        begin: int = 0,
+        ema_dtype: torch.dtype | Literal["param"] | None = None,
+        device: torch.device | str | None = None,
+        copy_buffers: bool = False,
+        skip_frozen: bool = False,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        deploy: Literal["ema", "raw"] = "ema",
+    ) -> None:
+        super().__init__()
+        if deploy not in ("ema", "raw"):
+            raise ValueError(f"{_TITLE}: deploy is {deploy!r}; choose 'ema' or 'raw'")
+        general: dict[str, Any] = {
+            "momentum": momentum,
+            "interval": interval,
+            "skip_buffers": skip_buffers,
+            "momentum_fun": momentum_fun,
+            "form": form,
+            "begin": begin,
+            "copy_buffers": copy_buffers,
+        }
+        EMAManager(nn.Linear(1, 1), **general)  # What is wrong without any model is said here.
+        self._options: dict[str, Any] = {
+            **general,
+            "ema_dtype": ema_dtype,
+            "device": device,
+            "skip_frozen": skip_frozen,
+            "include": include,
+            "exclude": exclude,
+        }
+        self._deploy = deploy
+        self._manager: EMAManager | None = None
+        self._pending: Mapping[str, Any] | None = None
+        self._pending_of_lightning: tuple[int, dict[str, Tensor]] | None = None
+        self._latest_step = 0
+        self._latest_epoch = -1
+        self._swapped_here = False
+        self._handles: list[RemovableHandle] = []
+        self._asks_optimizers = False
+        self._has_stepped = False
+        self._had_gradients = False
+
+    @property
+    def manager(self) -> EMAManager | None:
+        """The manager of the current or last ``fit``; None before it."""
+        return self._manager
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether to update now; to be overridden. By default after every optimizer step.
+
+        Args:
+            step_idx: 0-based index of the optimizer step just made; None at the end of an epoch.
+            epoch_idx: 0-based index of the epoch that ends; None after a step.
+        """
+        return step_idx is not None
+
+    # ---- fit
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuses what can't be averaged, before anything is loaded.
+
+        Raises:
+            RuntimeError: Another callback of this trainer averages as well, or its strategy shards
+                the weights.
+        """
+        others = (EMA, getattr(_callbacks, "WeightAveraging", EMA))
+        averaging = [callback for callback in trainer.callbacks if isinstance(callback, others)]
+        if len(averaging) > 1:
+            raise RuntimeError(
+                f"{_TITLE}: the trainer has {len(averaging)} callbacks that average its weights, "
+                f"{[type(callback).__name__ for callback in averaging]}; keep one, and a "
+                "fused_ema.EMAManager for each further average"
+            )
+        if trainer.strategy.restore_checkpoint_after_setup:
+            raise RuntimeError(
+                f"{_TITLE}: the strategy is {type(trainer.strategy).__name__}, which shards the "
+                "weights or their optimizer; that isn't supported, choose 'ddp' or a single device"
+            )
+        if stage == "fit":
+            self._release()
+            self._pending = self._pending_of_lightning = None
+            self._latest_epoch = -1
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Makes the manager; the model is on its device, and holds the weights to go on with."""
+        manager = EMAManager(pl_module, **self._options)
+        if self._pending is not None:
+            manager.load_state_dict(self._pending)
+        elif self._pending_of_lightning is not None:
+            num_updates, averaged = self._pending_of_lightning
+            # It averages the whole model, whatever is tracked here.
+            ema = {name: averaged[name] for name, _ in manager.named_emas() if name in averaged}
+            manager.load_state_dict(state.pack(num_updates, num_updates, ema, {}, False))
+        self._pending = self._pending_of_lightning = None
+        self._manager = manager
+        self._remove_handles()
+        optimizers = [opt for opt in trainer.optimizers if isinstance(opt, torch.optim.Optimizer)]
+        self._handles = [opt.register_step_post_hook(self._note_step) for opt in optimizers]
+        self._asks_optimizers = bool(optimizers) and len(optimizers) == len(trainer.optimizers)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Takes the steps of a resumed run as seen."""
+        self._latest_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Updates where an optimizer has made a step."""
+        has_stepped = trainer.global_step > self._latest_step
+        if has_stepped and self._asks_optimizers:
+            is_empty = pl_module.automatic_optimization and not outputs
+            has_stepped = self._has_stepped and (self._had_gradients or not is_empty)
+        self._latest_step = trainer.global_step
+        self._has_stepped = self._had_gradients = False
+        if has_stepped and self.should_update(step_idx=trainer.global_step - 1):
+            self._made().update()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Updates where :meth:`should_update` wants it at the end of an epoch."""
+        epoch = trainer.current_epoch
+        if epoch > self._latest_epoch and self.should_update(epoch_idx=epoch):
+            self._made().update()
+            self._latest_epoch = epoch
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leaves the model with the weights to deploy."""
+        if self._deploy == "ema":
+            self._made().swap()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Brings the raw weights back where evaluation was broken off."""
+        self._swap_out()
+        self._remove_handles()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The same where it ended otherwise."""
+        self._swap_out()
+        self._remove_handles()
+
+    # ---- evaluation
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """The average goes in."""
+        self._swap_in(pl_module)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """The raw weights come back."""
+        self._swap_out()
+
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """The average goes in."""
+        self._swap_in(pl_module)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """The raw weights come back."""
+        self._swap_out()
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        """The average goes in."""
+        self._swap_in(pl_module)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """The raw weights come back."""
+        self._swap_out()
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds the average, and puts the weights to deploy into ``state_dict``."""
+        manager = self._manager_of(pl_module)
+        if manager is None:
+            return
+        saved = manager.state_dict()
+        raw = _with(checkpoint[_MAIN_KEY], saved[state.RAW_KEY], pl_module)
+        # The raw weights are in the model's part of the file, so the average's part has none.
+        saved = {**saved, state.IS_SWAPPED_KEY: False, state.RAW_KEY: {}}
+        checkpoint[_OWN_KEY] = {_MANAGER_KEY: saved, _EPOCH_KEY: self._latest_epoch}
+        checkpoint[_MAIN_KEY] = raw
+        if self._deploy == "ema":
+            # Tensors that stand in a file twice are written once.
+            checkpoint[_RAW_KEY] = raw
+            checkpoint[_MAIN_KEY] = _with(raw, saved[state.EMA_KEY], pl_module)
+            num_averaged = torch.tensor(saved[state.NUM_UPDATES_KEY])
+            checkpoint[_COUNT_KEY] = {"n_averaged": num_averaged}
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes over a checkpoint whose ``state_dict`` the model has loaded already.
+
+        In ``fit`` the model gets its raw weights, and elsewhere the average. A checkpoint without
+        an average is taken with a warning: the average starts from its weights.
+
+        Raises:
+            ValueError: The checkpoint's part for this callback is none. What doesn't fit the model
+                is an error of :meth:`fused_ema.EMAManager.load_state_dict` when ``fit`` starts.
+        """
+        own = checkpoint.get(_OWN_KEY)
+        if own is not None and not (
+            isinstance(own, Mapping) and isinstance(own.get(_MANAGER_KEY), Mapping)
+        ):
+            raise ValueError(
+                f"{_TITLE}: the checkpoint's '{_OWN_KEY}' has no '{_MANAGER_KEY}'; it was not "
+                "saved by this callback, or was cut since"
+            )
+        strict = pl_module.strict_loading
+        is_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+        if not is_fit:
+            self._release()  # Of other weights than those that were just loaded.
+            if own is not None and _RAW_KEY not in checkpoint:
+                ema = own[_MANAGER_KEY].get(state.EMA_KEY, {})
+                main = _with(checkpoint[_MAIN_KEY], ema, pl_module)
+                trainer.strategy.load_model_state_dict({_MAIN_KEY: main}, strict=strict)
+            return
+        if own is not None:
+            self._pending = own[_MANAGER_KEY]
+            self._latest_epoch = own.get(_EPOCH_KEY, -1)
+        elif _RAW_KEY in checkpoint and _COUNT_KEY in checkpoint:
+            key_of = {
+                name: key for key, names in _names_by_key(pl_module).items() for name in names
+            }
+            main = checkpoint[_MAIN_KEY]
+            ema = {name: main[key] for name, key in key_of.items() if key in main}
+            num_updates = int(checkpoint[_COUNT_KEY].get("n_averaged", 0))
+            self._pending_of_lightning = num_updates, ema
+        else:
+            warnings.warn(
+                f"{_TITLE}: the checkpoint has no average; it starts from the checkpoint's weights",
+                stacklevel=2,
+            )
+            return
+        if _RAW_KEY in checkpoint:
+            raw = checkpoint[_RAW_KEY]
+            trainer.strategy.load_model_state_dict({_MAIN_KEY: raw}, strict=strict)
+
+    # ---- how it is kept
+
+    def _made(self) -> EMAManager:
+        if self._manager is None:
+            raise RuntimeError(f"{_TITLE}: there is no average yet; it is made when fit starts")
+        return self._manager
+
+    def _note_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
+        # A fused optimizer is called by a scaler all the same, and skips the step by itself.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is not None and bool(found_inf):
+            return
+        self._has_stepped = True
+        self._had_gradients = self._had_gradients or any(
+            p.grad is not None for group in optimizer.param_groups for p in group["params"]
+        )
+
+    def _remove_handles(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _manager_of(self, pl_module: nn.Module) -> EMAManager | None:
+        is_its = self._manager is not None and self._manager._model is pl_module
+        return self._manager if is_its else None
+
+    def _swap_in(self, pl_module: nn.Module) -> None:
+        manager = self._manager_of(pl_module)
+        if manager is not None and not manager.is_swapped:
+            manager.swap()
+            self._swapped_here = True
+
+    def _swap_out(self) -> None:
+        if self._swapped_here:
+            self._swapped_here = False
+            if self._manager is not None and self._manager.is_swapped:
+                self._manager.swap()
+
+    def _release(self) -> None:
+        """Lets go of the average; the model keeps the weights it holds."""
+        if self._manager is not None:
+            self._manager._set_swapped(False)
+        self._manager = None
+        self._swapped_here = False
+
+
+def _names_by_key(module: nn.Module) -> dict[str, list[str]]:
+    """A manager's names for each key of ``state_dict()``: those of wrapped children differ."""
+    names: dict[int, list[str]] = {}
+    for member in _tracking.read(module).members:
+        names.setdefault(id(member.tensor), []).append(member.name)
+    live = module.state_dict(keep_vars=True)
+    return {key: names[id(tensor)] for key, tensor in live.items() if id(tensor) in names}
+
+
+def _with(
+    values: Mapping[str, Any], named: Mapping[str, Tensor], module: nn.Module
+) -> dict[str, Any]:
+    """The values of a ``state_dict()``, but those of a manager where it has them."""
+    names_of = _names_by_key(module)
+    # Several names are one tensor; a pattern may have left some of them out.
+    return {
+        key: next((named[name] for name in names_of.get(key, ()) if name in named), value)
+        for key, value in values.items()
+    }

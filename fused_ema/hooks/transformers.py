@@ -1,0 +1,337 @@
+"""Transformers: a callback of ``Trainer`` that averages the weights and evaluates with the average.
+
+For accelerate, or a loop of your own around it, no adapter is needed::
+
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    ema = fused_ema.EMAManager(model, momentum=0.001)
+    ema.register_step_post_hook(optimizer.optimizer)  # real steps only: accumulated, not skipped
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from fused_ema.hooks import required
+from fused_ema.manager import EMAManager
+from fused_ema.ops import Form
+from fused_ema.schedules import Schedule
+
+__all__ = ["FILE_NAME", "EMACallback"]
+
+_TITLE = "fused_ema.hooks.transformers.EMACallback"
+_trainer_callback = required(
+    "transformers.trainer_callback", "transformers", "transformers >= 4.46"
+)
+_trainer_utils = required("transformers.trainer_utils", "transformers", "transformers >= 4.46")
+
+if TYPE_CHECKING:
+    _Callback = object
+else:
+    _Callback = _trainer_callback.TrainerCallback
+
+FILE_NAME = "ema.pt"
+"""The average's file in each ``checkpoint-N``."""
+
+_STEP_KEY = "global_step"
+_MANAGER_KEY = "manager"
+
+
+class EMACallback(_Callback):
+    """Averages the weights in ``Trainer.train()``; ``evaluate`` and ``predict`` see the average.
+
+    A ``Trainer`` has no event before an evaluation, and tells no callback which checkpoint it
+    resumes from. So :meth:`attach` this one to the trainer: it then stands around the trainer's
+    ``evaluation_loop`` and ``train``, and the raw weights come back whatever evaluation raises.
+
+    An update runs after each optimizer step: once for ``gradient_accumulation_steps`` batches, and
+    not where a gradient scaler skipped the step. (To know that, each step waits for the scale,
+    where there is a scaler.)
+
+    Each ``checkpoint-N`` holds the raw weights as ever and the average in a file ``ema.pt`` beside
+    them, complete or not there. ``train(resume_from_checkpoint=...)`` goes on from both bit for
+    bit. With ``load_best_model_at_end`` the average of the best checkpoint is loaded with its
+    weights.
+
+    The manager is made when training starts, and is the attribute :attr:`manager`.
+
+    Args:
+        momentum: The weight of the new value, between 0 and 1, both excluded.
+        interval: As of :class:`fused_ema.EMAManager`, in optimizer steps made; so are the others
+            below.
+        skip_buffers: Average parameters only.
+        momentum_fun: The momentum as a function of the 0-based optimizer step.
+        form: ``"lerp"`` or ``"mul_add"``.
+        begin: The first step that averages; before it the average follows by copy.
+        ema_dtype: Of averages; None for float32 where the param is narrower.
+        device: Of averages; None for each param's.
+        copy_buffers: Copy buffers at every update instead of averaging them.
+        skip_frozen: Leave out parameters that don't require a gradient when training starts.
+        include: Track only names that match one of these shell patterns.
+        exclude: Leave out names that match one of these.
+        save_to: A directory for ``save_pretrained`` of the average when training ends; None for
+            no such thing.
+        start_anew: Where the checkpoint to resume from has no average, start it from the
+            checkpoint's weights instead of raising.
+
+    Raises:
+        TypeError: As EMAManager.
+        ValueError: As EMAManager. Here, but for patterns and dtypes, which need the model and so
+            come when training starts.
+
+    Example:
+        >>> ema = EMACallback(momentum=0.001).attach(trainer)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> ema.manager.copy_to(model)  # for good  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        skip_buffers: bool = False,
+        momentum_fun: Schedule | None = None,
+        *,
+        form: Form = "lerp",
+        begin: int = 0,
+        ema_dtype: torch.dtype | Literal["param"] | None = None,
+        device: torch.device | str | None = None,
+        copy_buffers: bool = False,
+        skip_frozen: bool = False,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        save_to: str | os.PathLike[str] | None = None,
+        start_anew: bool = False,
+    ) -> None:
+        super().__init__()
+        general: dict[str, Any] = {
+            "momentum": momentum,
+            "interval": interval,
+            "skip_buffers": skip_buffers,
+            "momentum_fun": momentum_fun,
+            "form": form,
+            "begin": begin,
+            "copy_buffers": copy_buffers,
+        }
+        EMAManager(nn.Linear(1, 1), **general)  # What is wrong without any model is said here.
+        self._options: dict[str, Any] = {
+            **general,
+            "ema_dtype": ema_dtype,
+            "device": device,
+            "skip_frozen": skip_frozen,
+            "include": include,
+            "exclude": exclude,
+        }
+        self._save_to = save_to
+        self._start_anew = start_anew
+        self._trainer: Any = None
+        self._resume_from: str | None = None
+        self._manager: EMAManager | None = None
+        self._scale = 0.0
+
+    @property
+    def manager(self) -> EMAManager | None:
+        """The manager of the current or last training; None before it."""
+        return self._manager
+
+    def attach(self, trainer: Any) -> EMACallback:
+        """Joins a trainer, for good: as its callback, and around its evaluation.
+
+        Args:
+            trainer: A ``transformers.Trainer``, which may have this callback already.
+
+        Returns:
+            This callback.
+
+        Raises:
+            RuntimeError: This callback has a trainer, or the trainer has another EMACallback.
+        """
+        if self._trainer is not None:
+            raise RuntimeError(
+                f"{_TITLE}.attach: this callback has a trainer already; make one for each trainer"
+            )
+        callbacks = trainer.callback_handler.callbacks
+        if any(isinstance(other, EMACallback) and other is not self for other in callbacks):
+            raise RuntimeError(
+                f"{_TITLE}.attach: the trainer has another EMACallback; keep one, and a "
+                "fused_ema.EMAManager for each further average"
+            )
+        if self not in callbacks:
+            trainer.add_callback(self)
+        self._trainer = trainer
+        # The second one up to transformers 4 only.
+        for name in ("evaluation_loop", "prediction_loop"):
+            if hasattr(trainer, name):
+                setattr(trainer, name, self._with_average(getattr(trainer, name)))
+        trainer.train = self._noting_checkpoint(trainer.train)
+        return self
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The model holds the average inside of the ``with``, and its raw weights after it.
+
+        Within another one, and before training has started, it changes nothing.
+        """
+        manager = self._manager
+        with nullcontext() if manager is None or manager.is_swapped else manager.swapped():
+            yield
+
+    # ---- events
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Makes the manager, and loads the average of the checkpoint that training resumes from.
+
+        Raises:
+            FileNotFoundError: The checkpoint has no average, and not ``start_anew``.
+            RuntimeError: Not attached; another EMACallback; weights that are sharded.
+            TypeError: ``save_to`` with a model that has no ``save_pretrained``.
+            ValueError: The average's file is damaged, of another step or of another model.
+        """
+        trainer = self._attached()
+        for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+            if getattr(trainer, name, False):
+                raise RuntimeError(
+                    f"{_TITLE}: the trainer shards the weights or their optimizer ({name}); that "
+                    "isn't supported, train without it or average without this callback"
+                )
+        if self._save_to is not None and not hasattr(self._model(), "save_pretrained"):
+            raise TypeError(
+                f"{_TITLE}: save_to is {str(self._save_to)!r} but {type(self._model()).__name__} "
+                "has no save_pretrained; leave save_to out, and save manager.state_dict()"
+            )
+        manager = EMAManager(trainer.model, **self._options)
+        scaler = trainer.accelerator.scaler
+        self._scale = 0.0 if scaler is None else scaler.get_scale()
+        if state.global_step > 0:
+            where = self._resume_from
+            if where is None or not self._has_file(where):
+                if not self._start_anew:
+                    raise FileNotFoundError(
+                        f"{_TITLE}: training resumes at step {state.global_step} but {where!r} "
+                        f"has no '{FILE_NAME}'; resume from a checkpoint that has one, or pass "
+                        "start_anew=True to start the average from its weights"
+                    )
+            else:
+                _load(manager, where, state.global_step)
+        self._manager = manager
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Updates where the step was made."""
+        if not self._was_skipped():
+            self._made().update()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the average into the checkpoint just saved."""
+        if not args.should_save:
+            return
+        trainer = self._attached()
+        run = trainer._get_output_dir(trial=getattr(trainer, "_trial", None))
+        folder = os.path.join(run, f"checkpoint-{state.global_step}")
+        path = os.path.join(folder, FILE_NAME)
+        os.makedirs(folder, exist_ok=True)
+        content = {_STEP_KEY: state.global_step, _MANAGER_KEY: self._made().state_dict()}
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.remove(temporary)
+            raise
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Loads the average of the best checkpoint if its weights were, and saves it for use.
+
+        Raises:
+            ValueError: As :meth:`on_train_begin`.
+        """
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and self._has_file(best):
+            _load(self._made(), best, None)
+        if self._save_to is not None:
+            with self.swapped():
+                self._model().save_pretrained(self._save_to, is_main_process=args.should_save)
+
+    # ---- how it is kept
+
+    def _attached(self) -> Any:
+        if self._trainer is None:
+            raise RuntimeError(
+                f"{_TITLE}: attached to no trainer, which it needs to evaluate with the average "
+                "and to resume; after making the trainer call attach(trainer)"
+            )
+        return self._trainer
+
+    def _made(self) -> EMAManager:
+        if self._manager is None:
+            raise RuntimeError(
+                f"{_TITLE}: there is no average yet; it is made when training starts"
+            )
+        return self._manager
+
+    def _was_skipped(self) -> bool:
+        accelerator = self._attached().accelerator
+        if accelerator.scaler is None:
+            return bool(accelerator.optimizer_step_was_skipped)
+        # A fused optimizer is called all the same and skips by itself, which accelerate doesn't
+        # notice; but the scale shrinks after every skipped step, and only then.
+        scale, before = accelerator.scaler.get_scale(), self._scale
+        self._scale = scale
+        return bool(accelerator.optimizer_step_was_skipped or scale < before)
+
+    def _model(self) -> Any:
+        trainer = self._attached()
+        return trainer.accelerator.unwrap_model(trainer.model)
+
+    def _has_file(self, folder: str) -> bool:
+        return os.path.isfile(os.path.join(folder, FILE_NAME))
+
+    def _with_average(self, loop: Any) -> Any:
+        @functools.wraps(loop)
+        def with_average(*args: Any, **kwargs: Any) -> Any:
+            with self.swapped():
+                return loop(*args, **kwargs)
+
+        return with_average
+
+    def _noting_checkpoint(self, train: Any) -> Any:
+        @functools.wraps(train)
+        def noting_checkpoint(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            where = resume_from_checkpoint
+            if where is True:
+                where = _trainer_utils.get_last_checkpoint(self._trainer.args.output_dir)
+            self._resume_from = os.fspath(where) if where else None
+            return train(resume_from_checkpoint, *args, **kwargs)
+
+        return noting_checkpoint
+
+
+def _load(manager: EMAManager, folder: str, step: int | None) -> None:
+    """Loads the average of a checkpoint, if it is of that step."""
+    path = os.path.join(folder, FILE_NAME)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        saved_step, saved = content[_STEP_KEY], content[_MANAGER_KEY]
+    except Exception as error:
+        raise ValueError(
+            f"{_TITLE}: {path!r} can't be read as an average (damaged or cut short?); nothing was "
+            f"changed. Resume from another checkpoint: {error}"
+        ) from error
+    if step is not None and saved_step != step:
+        raise ValueError(
+            f"{_TITLE}: {path!r} is of step {saved_step} but training resumes at step {step}; "
+            "nothing was changed. Put back the file that was saved with this checkpoint"
+        )
+    try:
+        manager.load_state_dict(saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_TITLE}: {path!r} doesn't fit: {error}") from error
