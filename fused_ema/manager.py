@@ -239,7 +239,11 @@ class EMAManager:
         """Makes an optimizer call :meth:`update` after each of its steps.
 
         A step that a gradient scaler skips is no step, and with gradient accumulation there is one
-        update for each real step.
+        update for each real step. A fused optimizer is called by the scaler in any case and skips
+        by itself: to know it, the hook waits for the device after steps with a scaler.
+
+        Args:
+            optimizer: May be one that accelerate has prepared.
 
         Returns:
             A handle; its ``remove()`` ends it.
@@ -252,9 +256,15 @@ class EMAManager:
                 f"{_TITLE}.register_step_post_hook: optimizer is a {type(optimizer).__name__}; "
                 "pass a torch.optim.Optimizer"
             )
+        while "_optimizer_step_post_hooks" not in vars(optimizer) and hasattr(
+            optimizer, "optimizer"
+        ):
+            optimizer = optimizer.optimizer  # accelerate's wrapper never calls hooks of its own.
 
         def after_step(optimizer: object, args: object, kwargs: object) -> None:
-            self.update()
+            found_inf = getattr(optimizer, "found_inf", None)
+            if found_inf is None or not bool(found_inf):
+                self.update()
 
         return optimizer.register_step_post_hook(after_step)
 

@@ -15,14 +15,19 @@ is given.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fused_ema._foreach import dtype_name
+
+if TYPE_CHECKING:
+    from fused_ema.formats import Found, Main, Names
+    from fused_ema.manager import EMAManager
 
 VERSION = 1
 
@@ -200,3 +205,40 @@ def _same_values(a: Tensor, b: Tensor) -> bool:
         return True
     a, b = a.cpu(), b.cpu()
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+# ---- checkpoints of other frameworks; fused_ema.formats does the work and needs the manager, which
+# needs this module.
+
+
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    model: Names | None = None,
+    format: str | None = None,  # noqa: A002
+    *,
+    main: Main | None = None,
+    prefix: str = "",
+) -> Found:
+    """Finds the average in a checkpoint of any known format: :func:`fused_ema.formats.read`."""
+    from fused_ema import formats
+
+    return formats.read(source, model, format, main=main, prefix=prefix)
+
+
+def load_into(manager: EMAManager, found: Found, *, iteration: int | None = None) -> None:
+    """Makes a manager go on from what was found: :func:`fused_ema.formats.load_into`."""
+    from fused_ema import formats
+
+    formats.load_into(manager, found, iteration=iteration)
+
+
+def write(
+    path: str | os.PathLike[str],
+    found: Found,
+    format: str,  # noqa: A002
+    model: Names | None = None,
+) -> None:
+    """Writes a checkpoint in one of the formats: :func:`fused_ema.formats.write`."""
+    from fused_ema import formats
+
+    formats.write(path, found, format, model)

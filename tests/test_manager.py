@@ -651,9 +651,10 @@ def test_after_each_step_of_an_optimizer():
         ema.register_step_post_hook(model)
 
 
-def test_a_step_that_the_scaler_skips_is_no_update():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_no_update(fused):
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     ema = EMAManager(model, 0.5)
     ema.register_step_post_hook(optimizer)
     scaler = torch.amp.GradScaler("cpu")

@@ -34,6 +34,12 @@ class Pairs:
             (id(a), id(b)): (a, b, name) for a, b, name in zip(averaged, live, names, strict=True)
         }
         self._all = list(unique.values())
+        for a, b, name in self._all:
+            if a.shape != b.shape:
+                raise ValueError(
+                    f"fused_ema.hooks: '{name}' has shape {list(b.shape)} in the model but "
+                    f"{list(a.shape)} in its average; average the model that it was made from"
+                )
         floats = [pair for pair in self._all if pair[0].is_floating_point()]
         self._others = [(a, b) for a, b, _ in self._all if not a.is_floating_point()]
         # Where a param is on another device than its average: room for its values there.

@@ -4,7 +4,7 @@ For accelerate, or a loop of your own around it, no adapter is needed::
 
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ema = fused_ema.EMAManager(model, momentum=0.001)
-    ema.register_step_post_hook(optimizer.optimizer)  # real steps only: accumulated, not skipped
+    ema.register_step_post_hook(optimizer)  # real steps only: accumulated, not skipped
 """
 
 from __future__ import annotations

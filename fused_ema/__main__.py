@@ -1,0 +1,279 @@
+"""``python -m fused_ema``: says what is in a checkpoint, and converts it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ema import formats
+from fused_ema._foreach import dtype_name
+from fused_ema._version import __version__
+
+_BAD_INPUT = 2
+
+
+class Progress:
+    """On a terminal, how much is written: with rich where it is installed, or in plain text."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._bar: Any = None
+        self._is_shown = sys.stderr.isatty()
+        self._last = 0.0
+        if self._is_shown:
+            try:
+                console = importlib.import_module("rich.console").Console(stderr=True)
+                module = importlib.import_module("rich.progress")
+            except ImportError:
+                return
+            self._bar = module.Progress(
+                module.TextColumn("{task.description}"),
+                module.BarColumn(),
+                module.DownloadColumn(),
+                module.TransferSpeedColumn(),
+                console=console,
+                transient=True,
+            )
+            self._task = self._bar.add_task(what)
+
+    def __enter__(self) -> Progress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._is_shown and self._last:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        """So many bytes of all are written."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+        elif self._is_shown and time.monotonic() - self._last > 0.1:
+            self._last = time.monotonic()
+            share = 100 * done / max(1, total)
+            text = f"{self._what}: {share:3.0f} % of {_size(total)}"
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)
+
+
+# ---- inspect
+
+
+def _size(num_bytes: int) -> str:
+    """A size that one can read: in decimal units, as disks are sold."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _summary(tensors: Sequence[Tensor]) -> str:
+    num_elements = sum(tensor.numel() for tensor in tensors)
+    return (
+        f"{len(tensors):,} tensors, {num_elements:,} elements, "
+        f"{_size(sum(map(_num_bytes, tensors)))}"
+    )
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[str]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return [f"{dtype_name(dtype)}: {_summary(group)}" for dtype, group in groups.items()]
+
+
+def describe(path: Path, found: formats.Found) -> list[str]:
+    """What is in a file, line by line.
+
+    Args:
+        path: The file, or the folder.
+        found: What was found in it.
+    """
+    files = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
+    lines = [
+        ("file", f"{path} ({_size(sum(file.stat().st_size for file in files))})"),
+        ("format", found.format),
+    ]
+    untracked = [tensor for name, tensor in found.raw.items() if name not in found.ema]
+    raw = [tensor for name, tensor in found.raw.items() if name in found.ema]
+    for slot, at, tensors in (
+        ("ema", found.ema_at, list(found.ema.values())),
+        ("raw", found.raw_at, raw),
+        ("no average", "", untracked),
+    ):
+        if not tensors:
+            if slot == "raw":
+                lines.append((slot, "not in the file"))
+            continue
+        lines.append((slot, f"{_summary(tensors)}{f', in {at}' if at else ''}"))
+        lines += [("", line) for line in _by_dtype(tensors)]
+    if found.why:
+        lines.append(("told by", found.why))
+    for key in ("iteration", "num_updates", "epoch", "momentum"):
+        value = getattr(found, key)
+        lines.append((key, "not recorded" if value is None else f"{value:.12g}"))
+    every = [*found.ema.values(), *found.raw.values()]
+    lines.append(("total", _summary(every)))
+    return [f"{label:<12}{text}" for label, text in lines]
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    found = formats._read(
+        args.file, _model_in(args), args.format, args.main, args.prefix, numbered=True
+    )
+    print("\n".join(describe(args.file, found)))
+
+
+# ---- convert
+
+
+def _model_in(args: argparse.Namespace) -> formats._Model | None:
+    path: Path | None = args.model_names
+    if path is None:
+        return None
+    names: formats.Names
+    if formats._is_safetensors(path):
+        names = formats.map_safetensors(path)[0]
+    else:
+        with path.open("rb") as file:
+            is_binary = b"\0" in file.read(4096)
+        if is_binary:
+            data = formats._load(path)
+            inner = data.get("state_dict", data)
+            names = formats._tensors(inner, f"'{path}'")
+        else:
+            lines = path.read_text(encoding="utf-8").splitlines()
+            names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise formats.FormatError(f"--model-names: '{path}' has no names")
+    return formats._model_of(names, "--model-names")
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if not args.output.parent.is_dir():
+        raise formats.FormatError(f"'{args.output.parent}' is no folder")
+    model = _model_in(args)
+    found = formats._read(args.input, model, args.format, args.main, args.prefix, numbered=False)
+    given = {
+        key: value for key in ("iteration", "momentum") if (value := getattr(args, key)) is not None
+    }
+    if args.iteration is not None and found.num_updates is None:
+        given["num_updates"] = args.iteration
+    found = replace(found, **given)
+    with Progress(f"writing {args.output.name}") as progress:
+        formats._write(args.output, found, args.to, model, progress, release=True)
+    size = _size(os.stat(args.output).st_size)
+    print(f"wrote {args.output}: {args.to} of {len(found.ema):,} averages, {size}")
+
+
+# ---- command line
+
+
+def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+        return value
+
+    return parse
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        "python -m fused_ema",
+        description="Says what is in a checkpoint with an average of weights, and converts it. "
+        "Files are read as data: no code in them is run.",
+    )
+    parser.add_argument("--version", action="version", version=f"fused_ema {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--format", choices=formats.FORMATS, metavar="FORMAT", help="instead of recognising it")
+    add("--main", choices=("ema", "raw"), help="mmcv: what the model's own names hold in the file")
+    add("--prefix", default="", help="take only names that begin so, without it")
+    add(
+        "--model-names",
+        type=Path,
+        metavar="FILE",
+        help="the model's names: a checkpoint or safetensors file of it, or a text with the "
+        "names of its parameters, one a line, in their order",
+    )
+
+    inspect = commands.add_parser("inspect", parents=[shared], help="say what is in a checkpoint")
+    inspect.add_argument("file", type=Path, metavar="FILE")
+    inspect.set_defaults(run=_inspect)
+
+    convert = commands.add_parser(
+        "convert",
+        parents=[shared],
+        help="write it in another format",
+        epilog=f"Formats to write: {', '.join(formats.WRITABLE)}.",
+    )
+    add = convert.add_argument
+    add("input", type=Path, metavar="IN")
+    add("output", type=Path, metavar="OUT", help="is replaced if it is there")
+    add("--to", choices=formats.WRITABLE, required=True, metavar="FORMAT")
+    add("--iteration", type=_number(int, 0, 2**62), help="where IN doesn't record it")
+    add("--momentum", type=_number(float, 0, 1), help="where IN doesn't record it: 1 - decay")
+    convert.set_defaults(run=_convert)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        argv: Words after the program's name; None for those it was called with.
+
+    Returns:
+        The exit status: 0, or 2 for a file that can't be read or converted, after one line of
+        error.
+    """
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, MemoryError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return _BAD_INPUT
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:1]) if len(lines) < 2 else f"{lines[0]} {'; '.join(lines[1:9])}"
+    more = len(lines) - 9
+    return (text or type(error).__name__) + (f"; and {more} more" if more > 0 else "")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,398 @@
+"""Averages beside a model, without its names: lists of shadow parameters, and copies of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_ema import _storage, ops
+from fused_ema._checks import number
+from fused_ema._foreach import DTYPE_PAIRS
+from fused_ema.hooks import _pairs
+
+_NUM_SHOWN = 8
+
+
+def checked_decay(where: str, name: str, value: float) -> float:
+    """A decay in [0, 1]; ValueError otherwise, TypeError where it is no number."""
+    decay = number(where, name, value)
+    if not 0 <= decay <= 1:  # False for NaN too.
+        raise ValueError(
+            f"fused_ema.{where}: {name} is {value}; it is the weight of the old value and must be "
+            "in [0, 1]"
+        )
+    return decay
+
+
+def list_of_tensors(where: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters as a list.
+
+    Raises:
+        TypeError: A module, or not an iterable of tensors.
+    """
+    if isinstance(parameters, (nn.Module, Tensor)) or not isinstance(parameters, Iterable):
+        raise TypeError(
+            f"fused_ema.{where}: parameters is a {type(parameters).__name__}; pass an iterable of "
+            "tensors, such as model.parameters()"
+        )
+    listed = list(parameters)
+    for index, tensor in enumerate(listed):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"fused_ema.{where}: parameters[{index}] is a {type(tensor).__name__}; pass "
+                "tensors only, such as model.parameters()"
+            )
+    return listed
+
+
+class ShadowParams:
+    """A list of averages for a list of parameters, pair by pair, and values stored beside them.
+
+    It keeps no reference to the parameters, so that the model can go.
+
+    Args:
+        where: The class's name in error messages, without ``fused_ema.``.
+        parameters: Cloned.
+    """
+
+    def __init__(self, where: str, parameters: Iterable[Tensor]) -> None:
+        self._where = where
+        listed = list_of_tensors(where, parameters)
+        if not listed:
+            raise ValueError(
+                f"fused_ema.{where}: there are no parameters; pass model.parameters() itself, "
+                "since an iterator that was used up is empty"
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            self._shadow = [p.detach().clone() for p in listed]
+            self._marks = torch.zeros(()), torch.ones(())
+        self._stored: list[Tensor] | None = None
+        # While the parameters hold the averages: those, and the raw values.
+        self._swapped: tuple[list[Tensor], list[Tensor]] | None = None
+
+    # ---- what it holds
+
+    def _averages(self) -> list[Tensor]:
+        return self._shadow if self._swapped is None else self._swapped[0]
+
+    def _kept(self) -> list[Tensor] | None:
+        return self._stored if self._swapped is None else self._swapped[1]
+
+    def _refuse_if_swapped(self, op: str) -> None:
+        if self._swapped is not None:
+            raise RuntimeError(
+                f"fused_ema.{self._where}.{op}: the parameters hold the averages; leave "
+                "average_parameters() first"
+            )
+
+    def _fitting(self, op: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """The parameters as a list.
+
+        Raises:
+            TypeError: As list_of_tensors.
+            ValueError: Another number than there are averages, or other shapes: all in one error.
+        """
+        where = f"{self._where}.{op}"
+        listed = list_of_tensors(where, parameters)
+        _check_fit(where, "parameters", listed, self._shadow)
+        return listed
+
+    # ---- moving values
+
+    def _average(
+        self, op: str, parameters: Iterable[Tensor], momentum: float, copies_frozen: bool = False
+    ) -> None:
+        """Averages floating-point parameters and copies others.
+
+        Args:
+            op: The caller, for error messages.
+            parameters: As of _fitting, which says what is raised.
+            momentum: The weight of the new value.
+            copies_frozen: Copy those too that require no gradient.
+        """
+        listed = list_of_tensors(f"{self._where}.{op}", parameters)
+        if not (copies_frozen and any(not p.requires_grad for p in listed)):
+            try:  # It checks its lists before it writes: most of the time that is all there is.
+                ops.update_(self._shadow, listed, momentum)
+                return
+            except (TypeError, ValueError):
+                pass
+        averaged: list[tuple[Tensor, Tensor]] = []
+        converted: list[tuple[Tensor, Tensor]] = []
+        copied: list[tuple[Tensor, Tensor]] = []
+        for s, p in zip(self._shadow, self._fitting(op, listed), strict=True):
+            if not s.is_floating_point() or (copies_frozen and not p.requires_grad):
+                copied.append((s, p.detach()))
+            elif s.device == p.device and (s.dtype, p.dtype) in DTYPE_PAIRS:
+                averaged.append((s, p))
+            else:
+                converted.append((s, p))
+        ops.update_([s for s, _ in averaged], [p for _, p in averaged], momentum)
+        for s, p in converted:  # One at a time, so that no second model is in memory.
+            ops.update_([s], [p.detach().to(s.device, s.dtype)], momentum)
+        _storage.copy([s for s, _ in copied], [p for _, p in copied])
+
+    def _copy_to(self, params: Sequence[Tensor]) -> None:
+        # While swapped an average is its parameter.
+        pairs = [
+            (p.detach(), s)
+            for s, p in zip(self._averages(), params, strict=True)
+            if not _is_same_memory(s, p)
+        ]
+        _storage.copy([p for p, _ in pairs], [s for _, s in pairs])
+
+    def _restore(self, params: Sequence[Tensor]) -> None:
+        if self._stored is None:
+            raise RuntimeError(
+                f"fused_ema.{self._where}.restore: nothing is stored; call store() before copy_to()"
+            )
+        _storage.copy([p.detach() for p in params], self._stored)
+
+    @contextmanager
+    def _averages_in(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """The parameters hold the averages inside, and their own values again after it."""
+        self._refuse_if_swapped("average_parameters")
+        swap = _Swap(params, self._shadow, self._marks)
+        try:
+            swap.into_params()
+            self._swapped = swap.averages, swap.raw
+            yield
+        finally:
+            try:
+                swap.out_of_params()
+            finally:
+                self._swapped = None
+
+    def to(
+        self,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Moves or converts the averages and what is stored; integer tensors keep their dtype.
+
+        Args:
+            device: None for where each is.
+            dtype: None for what each has. A wider one than the parameters' is kept by every later
+                call; the parameters then get rounded values.
+            non_blocking: As in ``Tensor.to``.
+
+        Raises:
+            RuntimeError: The parameters hold the averages.
+        """
+        self._refuse_if_swapped("to")
+
+        def moved(tensors: list[Tensor]) -> list[Tensor]:
+            with torch.inference_mode(False):
+                return [
+                    t.to(device, dtype if t.is_floating_point() else None, non_blocking)
+                    for t in tensors
+                ]
+
+        shadow, stored = moved(self._shadow), self._stored and moved(self._stored)
+        self._shadow, self._stored = shadow, stored
+
+    # ---- states
+
+    def _listed_in_state(self, state: Mapping[str, Any], key: str) -> list[Tensor]:
+        """A list of tensors of a state, checked against what is averaged here."""
+        where, tensors = f"{self._where}.load_state_dict", state[key]
+        if not isinstance(tensors, (list, tuple)) or not all(
+            isinstance(t, Tensor) for t in tensors
+        ):
+            raise ValueError(
+                f"fused_ema.{where}: '{key}' is a {type(tensors).__name__}, or holds something "
+                "else than tensors; pass what state_dict() returned"
+            )
+        _check_fit(where, key, tensors, self._shadow)
+        for index, (tensor, s) in enumerate(zip(tensors, self._shadow, strict=True)):
+            if tensor.is_floating_point() != s.is_floating_point():
+                raise ValueError(
+                    f"fused_ema.{where}: {key}[{index}] is {tensor.dtype} but {s.dtype} here; "
+                    "load a state of the same model. Nothing was changed"
+                )
+        return list(tensors)
+
+
+def own(
+    tensors: Sequence[Tensor],
+    devices: Sequence[torch.device | None],
+    dtypes: Sequence[torch.dtype | None],
+) -> list[Tensor]:
+    """Copies of tensors that are somebody else's."""
+    with torch.inference_mode(False), torch.no_grad():
+        return [
+            t.detach().to(device, dtype, copy=True)
+            for t, device, dtype in zip(tensors, devices, dtypes, strict=True)
+        ]
+
+
+def _check_fit(where: str, what: str, given: Sequence[Tensor], here: Sequence[Tensor]) -> None:
+    if len(given) != len(here):
+        raise ValueError(
+            f"fused_ema.{where}: {what} holds {len(given)} tensors but {len(here)} are averaged; "
+            "pass those of the same model, in the same order (an iterator can be used once). "
+            "Nothing was changed"
+        )
+    problems = [
+        f"{what}[{i}] has shape {list(g.shape)} but its average has {list(h.shape)}"
+        for i, (g, h) in enumerate(zip(given, here, strict=True))
+        if g.shape != h.shape
+    ]
+    if problems:
+        more = len(problems) - _NUM_SHOWN
+        raise ValueError(
+            f"fused_ema.{where}: these are the tensors of another model, or not whole; nothing was "
+            "changed:\n  "
+            + "\n  ".join(problems[:_NUM_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+        )
+
+
+def _is_same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+
+
+class _Swap:
+    """Averages in the parameters and back: exchanged where that is exact, else with a copy."""
+
+    def __init__(
+        self, params: Sequence[Tensor], shadow: Sequence[Tensor], marks: tuple[Tensor, Tensor]
+    ) -> None:
+        seen: set[int] = set()
+        self._params = list(params)
+        # Aliases: where a parameter moves meanwhile, what was swapped in is still found.
+        self._aliases = [p.detach() for p in params]
+        self.averages, self.raw = list(shadow), list(shadow)
+        self._exchanged: list[int] = []
+        self._aside: list[int] = []
+        for i, (alias, s) in enumerate(zip(self._aliases, shadow, strict=True)):
+            # A tied parameter that is given twice has two averages, but one memory.
+            is_first = alias.numel() == 0 or alias.data_ptr() not in seen
+            seen.add(alias.data_ptr())
+            if is_first and alias.dtype == s.dtype and alias.device == s.device:
+                self._exchanged.append(i)
+                self.averages[i] = alias
+            else:
+                self._aside.append(i)
+        with torch.inference_mode(False):
+            for i in self._aside:
+                self.raw[i] = self._aliases[i].clone()
+        self._shadow, self._marks, self._is_in = list(shadow), marks, False
+
+    def _exchange(self) -> None:
+        exchange = _storage.Exchange(
+            [self._shadow[i] for i in self._exchanged],
+            [self._aliases[i] for i in self._exchanged],
+            None,
+            self._marks,
+        )
+        was_in = self._is_in
+        try:
+            exchange.run()
+            self._is_in = not was_in
+        except BaseException:
+            exchange.undo()
+            self._is_in = was_in
+            raise
+
+    def into_params(self) -> None:
+        self._exchange()
+        _storage.copy(
+            [self._aliases[i] for i in self._aside], [self._shadow[i] for i in self._aside]
+        )
+
+    def out_of_params(self) -> None:
+        try:
+            if self._is_in:
+                self._exchange()
+        except (KeyboardInterrupt, SystemExit):
+            self._exchange()
+            raise
+        back = [(self._aliases[i], self.raw[i]) for i in self._aside]
+        back += [
+            (p.detach(), alias)
+            for p, alias in zip(self._params, self._aliases, strict=True)
+            if not _is_same_memory(p, alias)
+        ]
+        _storage.copy([d for d, _ in back], [s for _, s in back])
+
+
+class ModuleFollower(_pairs.Follower):
+    """A follower that notices a buffer assigned anew, whether persistent or not."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._passing: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
+
+    def is_of_another(self, averaged: nn.Module) -> bool:
+        """Whether that is another averaged module than the one it was made for."""
+        return self._averaged is not averaged
+
+    def pairs(self, model: nn.Module) -> _pairs.Pairs:
+        """The pairs with this model; as Follower's.
+
+        Raises:
+            ValueError: As Follower's; tensors that aren't averaged differ in shape.
+        """
+        # A model may assign those in every forward, so they are no part of what Follower watches.
+        if any(owner.get(key) is not tensor for owner, key, tensor in self._passing):
+            self._model = None
+        was = self._pairs
+        pairs = super().pairs(model)
+        if pairs is not was:
+            averaged, live = self._tensors_of(self._averaged), self._tensors_of(model)
+            try:
+                _check_shapes(averaged, live)
+            except ValueError:
+                self._model = None
+                raise
+            followed = {id(None), *(id(t) for _, t in (*averaged, *live))}
+            self._passing = [
+                (module._buffers, key, module._buffers.get(key))
+                for side in (self._averaged, model)
+                for module in side.modules()
+                for key in module._non_persistent_buffers_set
+                if id(module._buffers.get(key)) in followed
+            ]
+        return pairs
+
+
+def _check_shapes(
+    averaged: Sequence[tuple[str, Tensor]], live: Sequence[tuple[str, Tensor]]
+) -> None:
+    for (_, a), (name, b) in zip(averaged, live, strict=True):
+        if a.shape != b.shape:
+            raise ValueError(
+                f"fused_ema.hooks: '{name}' has shape {list(b.shape)} in the model but "
+                f"{list(a.shape)} in its averaged copy; average the model that it was made from"
+            )
+
+
+class ModuleCopy(nn.Module):
+    """A module that holds the averaged copy of another one.
+
+    Attributes:
+        module: The averaged copy; it computes when this module is called.
+    """
+
+    module: nn.Module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the averaged module computes."""
+        return self.module(*args, **kwargs)
+
+    def _follow(self) -> None:
+        """Makes what finds the pairs; called again where the module is another one."""
+        raise NotImplementedError
+
+    # What finds the pairs holds on to memory, so it can't be copied or pickled.
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if not isinstance(v, _pairs.Follower)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._follow()
