@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import warnings
 from types import SimpleNamespace
 
@@ -16,8 +15,6 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 stubs.install()
-# Checkpoints of MMEngine hold more than tensors, which its own torch.load refuses by default.
-os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -51,6 +48,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:On January 1, 2023, MMCV"),
     pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def able_to_load(monkeypatch):
+    # Checkpoints of MMEngine hold more than tensors, which its own torch.load refuses by default.
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 M, NUM_BATCHES = 0.25, 3
