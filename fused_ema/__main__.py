@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_ema import formats
+from fused_ema import _safetensors, formats
 from fused_ema._foreach import dtype_name
 from fused_ema._version import __version__
 
@@ -150,8 +150,8 @@ def _model_in(args: argparse.Namespace) -> formats._Model | None:
     if path is None:
         return None
     names: formats.Names
-    if formats._is_safetensors(path):
-        names = formats.map_safetensors(path)[0]
+    if _safetensors.is_safetensors(path):
+        names = _safetensors.map_file(path)[0]
     else:
         with path.open("rb") as file:
             is_binary = b"\0" in file.read(4096)

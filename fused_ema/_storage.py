@@ -142,3 +142,8 @@ def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     for (d, s), done in zip(pairs, is_fast, strict=True):
         if not done:
             d.copy_(s)
+
+
+def is_same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors begin at one place, in one dtype."""
+    return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype

@@ -27,57 +27,29 @@ What each format calls its own, and where it keeps the average:
 from __future__ import annotations
 
 import ast
-import ctypes
 import json
-import mmap
 import os
 import pickle
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fused_ema import _tracking, state
-from fused_ema._foreach import dtype_name
+from fused_ema import _safetensors, _tracking, state
+from fused_ema._format_errors import READ, WRITE, FormatError, refuse, unreadable
 from fused_ema.manager import EMAManager
+
+__all__ = ["FORMATS", "WRITABLE", "FormatError", "Found", "load_into", "read", "write"]
 
 Main = Literal["ema", "raw"]
 Names = nn.Module | Mapping[str, Tensor] | Sequence[str]
 Tensors = dict[str, Tensor]
 
-_READ = "fused_ema.state.read"
-_WRITE = "fused_ema.state.write"
-_MAX_HEADER_BYTES = 100_000_000
-_CHUNK_BYTES = 8 << 20
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "net")
-
-# The first of two names for one dtype is the one that is written.
-_SAFETENSORS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class FormatError(ValueError):
-    """A checkpoint that can't be read, told apart or written as asked."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +149,7 @@ def _own_names(tensors: Tensors, model: _Model | None, prefix: str) -> Tensors:
             name = ".".join(p for p in parts if p not in _tracking._TRANSPARENT)
         if name in named:
             raise FormatError(
-                f"{_READ}: '{was[name]}' and '{full}' both come to '{name}' once the names of "
+                f"{READ}: '{was[name]}' and '{full}' both come to '{name}' once the names of "
                 "wrappers are left out; rename one of them"
             )
         named[name], was[name] = tensor, full
@@ -191,13 +163,13 @@ def _own_names(tensors: Tensors, model: _Model | None, prefix: str) -> Tensors:
 def _by_position(tensors: Any, members: Sequence[Sequence[_Member]], what: str) -> Tensors:
     """A list of tensors by the names of a model's parameters."""
     if not isinstance(tensors, (list, tuple)) or not all(isinstance(t, Tensor) for t in tensors):
-        raise FormatError(f"{_READ}: {what} is no list of tensors")
+        raise FormatError(f"{READ}: {what} is no list of tensors")
     for chosen in members:
         if len(chosen) == len(tensors):
             break
     else:
         raise FormatError(
-            f"{_READ}: {what} has {len(tensors)} tensors but the model has "
+            f"{READ}: {what} has {len(tensors)} tensors but the model has "
             f"{' or '.join(str(n) for n in dict.fromkeys(map(len, members)))} parameters; it is of "
             "another model (names alone must be those of its parameters, in their order)"
         )
@@ -207,15 +179,11 @@ def _by_position(tensors: Any, members: Sequence[Sequence[_Member]], what: str) 
         if member.shape is not None and member.shape != tensor.shape
     ]
     if problems:
-        _refuse(f"{_READ}: {what} is of another model", problems)
+        refuse(f"{READ}: {what} is of another model", problems)
     named = {}
     for member, tensor in zip(chosen, tensors, strict=True):
         named.update(dict.fromkeys((member.name, *member.others), tensor))
     return named
-
-
-def _refuse(what: str, problems: Sequence[str]) -> NoReturn:
-    raise FormatError(f"{what}:\n  " + "\n  ".join(problems))
 
 
 def _check_model(found: Found, model: _Model) -> None:
@@ -235,7 +203,7 @@ def _check_model(found: Found, model: _Model) -> None:
             if not has & {member.name, *member.others}
         ]
     if problems:
-        _refuse(f"{_READ}: the checkpoint is of another model", problems)
+        refuse(f"{READ}: the checkpoint is of another model", problems)
 
 
 # ---- reading
@@ -261,7 +229,7 @@ class _Source:
         if self.numbered and isinstance(value, (list, tuple)):
             return {f"{i}": t for i, t in enumerate(value) if isinstance(t, Tensor)}
         raise FormatError(
-            f"{_READ}: {what} is a list without names; pass the model it is of: read(..., "
+            f"{READ}: {what} is a list without names; pass the model it is of: read(..., "
             "model=model), or --model-names FILE"
         )
 
@@ -319,7 +287,7 @@ def read(
 
     Formula of the momentum: ``1 - decay`` where a format records a decay.
     """
-    return _read(source, _model_of(model, _READ), format, main, prefix, numbered=False)
+    return _read(source, _model_of(model, READ), format, main, prefix, numbered=False)
 
 
 def _read(
@@ -331,25 +299,25 @@ def _read(
     numbered: bool,
 ) -> Found:
     if name is not None and name not in FORMATS:
-        raise FormatError(f"{_READ}: format is {name!r}; choose from {', '.join(FORMATS)}")
+        raise FormatError(f"{READ}: format is {name!r}; choose from {', '.join(FORMATS)}")
     if main not in (None, "ema", "raw"):
-        raise FormatError(f"{_READ}: main is {main!r}; it is 'ema' or 'raw'")
+        raise FormatError(f"{READ}: main is {main!r}; it is 'ema' or 'raw'")
     path = None if isinstance(source, Mapping) else Path(source)
     origin = _Source(path, model, prefix, main, numbered)
     if path is not None and path.is_dir():
         found = _read_folder(path, origin)
-    elif path is not None and _is_safetensors(path):
+    elif path is not None and _safetensors.is_safetensors(path):
         found = _read_safetensors(path, origin)
     else:
         data = source if isinstance(source, Mapping) else _load(Path(source))
         found = _read_mapping(data, origin, name)
     if name is not None and found.format != name:
         raise FormatError(
-            f"{_READ}: {_shown(path)} has the format '{found.format}', not '{name}'; leave it out"
+            f"{READ}: {_shown(path)} has the format '{found.format}', not '{name}'; leave it out"
         )
     if not found.ema:
         raise FormatError(
-            f"{_READ}: {_shown(path)} has no average"
+            f"{READ}: {_shown(path)} has no average"
             + (f" of a name that begins with '{prefix}'" if prefix else "")
         )
     if model is not None:
@@ -378,11 +346,11 @@ def _read_mapping(data: Mapping[str, Any], origin: _Source, name: str | None) ->
     keys = ", ".join(f"'{key}'" for key in list(data)[:8])
     if name is not None:
         raise FormatError(
-            f"{_READ}: {_shown(origin.path)} doesn't have the format '{name}': it has the keys "
+            f"{READ}: {_shown(origin.path)} doesn't have the format '{name}': it has the keys "
             f"{keys}"
         )
     raise FormatError(
-        f"{_READ}: {_shown(origin.path)} has no average in a known format: it has the keys {keys}; "
+        f"{READ}: {_shown(origin.path)} has no average in a known format: it has the keys {keys}; "
         "if its weights are the average, say format='state_dict' (--format state_dict)"
     )
 
@@ -391,7 +359,7 @@ def _load(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:  # torch raises OSError for damaged files too.
         start = file.read(1)
     if not start:
-        raise FormatError(f"{_READ}: '{path}' is empty")
+        raise FormatError(f"{READ}: '{path}' is empty")
     is_zip = zipfile.is_zipfile(path)
     try:
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
@@ -402,29 +370,21 @@ def _load(path: Path) -> Mapping[str, Any]:
         raise
     except pickle.UnpicklingError as error:
         if not is_zip and start != b"\x80":
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         raise FormatError(
-            f"{_READ}: '{path}' holds objects that can't be read as data (it is never run as "
+            f"{READ}: '{path}' holds objects that can't be read as data (it is never run as "
             "code), or is damaged; load it where its packages are installed, and save the "
             "state_dict() of what is in it"
         ) from error
     except Exception as error:  # torch raises nearly anything for a damaged file.
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     if isinstance(data, _Foreign):
-        raise FormatError(f"{_READ}: '{path}' {_pickled(data)}")
+        raise FormatError(f"{READ}: '{path}' {_pickled(data)}")
     if not isinstance(data, Mapping):
         raise FormatError(
-            f"{_READ}: '{path}' holds a {type(data).__name__}, not a dictionary; save one"
+            f"{READ}: '{path}' holds a {type(data).__name__}, not a dictionary; save one"
         )
     return data
-
-
-def _unreadable(path: Path, error: Exception) -> FormatError:
-    lines = str(error).strip().splitlines()
-    return FormatError(
-        f"{_READ}: '{path}' can't be read; it is truncated, damaged or no checkpoint "
-        f"({lines[0][:120] if lines else type(error).__name__})"
-    )
 
 
 def _pickled(value: _Foreign, key: str = "") -> str:
@@ -438,13 +398,13 @@ def _pickled(value: _Foreign, key: str = "") -> str:
 
 def _tensors(value: Any, what: str) -> Tensors:
     if isinstance(value, _Foreign):
-        raise FormatError(f"{_READ}: {_pickled(value, what)}")
+        raise FormatError(f"{READ}: {_pickled(value, what)}")
     if not isinstance(value, Mapping):
-        raise FormatError(f"{_READ}: {what} is a {type(value).__name__}, not a state_dict")
+        raise FormatError(f"{READ}: {what} is a {type(value).__name__}, not a state_dict")
     tensors = {str(k): t for k, t in value.items() if not str(k).endswith("_extra_state")}
     wrong = [f"'{k}' is a {type(t).__name__}" for k, t in tensors.items() if not _is_tensor(t)]
     if wrong:
-        _refuse(f"{_READ}: {what} must hold tensors alone", wrong[:8])
+        refuse(f"{READ}: {what} must hold tensors alone", wrong[:8])
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
@@ -487,7 +447,7 @@ def _read_fused_ema(data: Mapping[str, Any], origin: _Source) -> Found | None:
         keys = [key for key, value in data.items() if _is_manager_state(value)]
         if len(keys) > 1:
             raise FormatError(
-                f"{_READ}: {_shown(origin.path)} has several averages, under "
+                f"{READ}: {_shown(origin.path)} has several averages, under "
                 f"{_tracking.shown(keys)}; read the one you want: read(torch.load(...)[key])"
             )
         if not keys:
@@ -496,12 +456,12 @@ def _read_fused_ema(data: Mapping[str, Any], origin: _Source) -> Found | None:
         own = data[key]
     if own[state.VERSION_KEY] != state.VERSION:
         raise FormatError(
-            f"{_READ}: the state has version {own[state.VERSION_KEY]!r} but this fused_ema reads "
+            f"{READ}: the state has version {own[state.VERSION_KEY]!r} but this fused_ema reads "
             f"{state.VERSION}; update fused_ema"
         )
     missing = [key for key in state._KEYS if key not in own]
     if missing:
-        raise FormatError(f"{_READ}: the state has no {_tracking.shown(missing)} (truncated?)")
+        raise FormatError(f"{READ}: the state has no {_tracking.shown(missing)} (truncated?)")
     at = f"{key}." if key else ""
     ema = origin.named(own[state.EMA_KEY], f"{at}{state.EMA_KEY}")
     raw, raw_at, why = origin.named(own[state.RAW_KEY], f"{at}{state.RAW_KEY}"), "", ""
@@ -543,8 +503,8 @@ def _read_mmengine(data: Mapping[str, Any], origin: _Source) -> Found | None:
         f"'{name}' of ema_state_dict is not in state_dict" for name in raw_part if name not in main
     ]
     if missing or not raw_part:
-        _refuse(
-            f"{_READ}: {_shown(origin.path)} is no file of MMEngine", missing or ["no 'module.*'"]
+        refuse(
+            f"{READ}: {_shown(origin.path)} is no file of MMEngine", missing or ["no 'module.*'"]
         )
     steps = _whole(saved.get("steps"))
     iteration, epoch = _progress(data.get("meta"))
@@ -639,7 +599,7 @@ def _read_nemo(data: Mapping[str, Any], origin: _Source) -> Found | None:
         return None
     if len(found) > 1:
         raise FormatError(
-            f"{_READ}: {len(found)} optimizers have an average; read the one you want: "
+            f"{READ}: {len(found)} optimizers have an average; read the one you want: "
             "read(torch.load(...)['optimizer_states'][i], model=...)"
         )
     own = found[0]
@@ -730,7 +690,7 @@ def _read_nested(data: Mapping[str, Any], origin: _Source) -> Found | None:
         return None
     if len(found) > 1:
         raise FormatError(
-            f"{_READ}: {_shown(origin.path)} has several averages, under "
+            f"{READ}: {_shown(origin.path)} has several averages, under "
             f"{_tracking.shown([key for key, _ in found])}; read the one you want: "
             "read(torch.load(...)[key])"
         )
@@ -743,7 +703,7 @@ def _read_ultralytics(data: Mapping[str, Any], origin: _Source) -> Found | None:
     ema, raw = data.get("ema"), data.get("model")
     if isinstance(ema, _Foreign) or (ema is None and isinstance(raw, _Foreign)):
         key = "ema" if isinstance(ema, _Foreign) else "model"
-        raise FormatError(f"{_READ}: {_shown(origin.path)}: {_pickled(data[key], key)}")
+        raise FormatError(f"{READ}: {_shown(origin.path)}: {_pickled(data[key], key)}")
     if not _holds_tensors(ema):
         return None
     raw = origin.named(raw, "model") if _holds_tensors(raw) else {}
@@ -779,7 +739,7 @@ def _read_mmcv(data: Mapping[str, Any], origin: _Source) -> Found | None:
     if both:
         first, second = both[0][:2]
         raise FormatError(
-            f"{_READ}: '{_flat(first)}' stands for both '{first}' and '{second}': the hook of mmcv "
+            f"{READ}: '{_flat(first)}' stands for both '{first}' and '{second}': the hook of mmcv "
             "mixed up their averages; rename one of them"
         )
     tensors = _tensors(weights, "state_dict")
@@ -792,7 +752,7 @@ def _read_mmcv(data: Mapping[str, Any], origin: _Source) -> Found | None:
         if main[name].shape != t.shape
     ]
     if wrong:
-        _refuse(f"{_READ}: {_shown(origin.path)} is no file of mmcv's EMA hooks", wrong)
+        refuse(f"{READ}: {_shown(origin.path)} is no file of mmcv's EMA hooks", wrong)
     meta = data.get("meta")
     meta = meta if isinstance(meta, Mapping) else {}
     config = _Config(meta.get("config"))
@@ -894,7 +854,7 @@ def _main_of(meta: Mapping[str, Any], config: _Config, origin: _Source) -> tuple
                 return "raw", "the config: the priority of the EMA hook lets it swap after the save"
             return "ema", f"{where}: saved at the end of an epoch, after the swap"
     raise FormatError(
-        f"{_READ}: {_shown(origin.path)} doesn't say whether it was saved at the end of an epoch "
+        f"{READ}: {_shown(origin.path)} doesn't say whether it was saved at the end of an epoch "
         "(the average is in the main keys) or within one (it is under 'ema_*'); say it: "
         "main='ema' or main='raw' (--main)"
     )
@@ -919,23 +879,11 @@ _READERS: dict[str, _Reader] = {
 FORMATS = (*(name for name in _READERS if name != "nested"), "safetensors", "state_dict")
 
 
-# ---- safetensors: 8 bytes with the length of a JSON header, the header, the tensors
-
-
-def _is_safetensors(path: Path) -> bool:
-    if path.name.endswith((".safetensors", ".safetensors.index.json")):
-        return True
-    with path.open("rb") as file:
-        start = file.read(9)
-    # A zip begins with PK, a pickle with 0x80.
-    return len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK"
-
-
 def _read_safetensors(path: Path, origin: _Source) -> Found:
     if path.name.endswith(".index.json"):
-        tensors, metadata = _map_shards(path)
+        tensors, metadata = _safetensors.map_shards(path)
     else:
-        tensors, metadata = map_safetensors(path)
+        tensors, metadata = _safetensors.map_file(path)
 
     def number(key: str) -> int | None:
         text = metadata.get(f"fused_ema.{key}", "")
@@ -968,103 +916,24 @@ def _read_safetensors(path: Path, origin: _Source) -> Found:
     )
 
 
-def _map_shards(index: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        files = json.loads(index.read_text())["weight_map"]
-        names = sorted(set(files.values()))
-        if any(Path(name).name != name for name in names):
-            raise ValueError("a file outside of its folder")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unreadable(index, error) from error
-    tensors: Tensors = {}
-    for name in names:
-        tensors.update(map_safetensors(index.with_name(name))[0])
-    missing = [f"'{name}' is in none of its files" for name in files if name not in tensors]
-    if missing:
-        _refuse(f"{_READ}: '{index}' is incomplete", missing)
-    return {name: tensors[name] for name in files}, {}
-
-
-def map_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    """Maps a safetensors file into memory; nothing is read until a tensor is used.
-
-    Writing to a tensor doesn't reach the file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The tensors by name, and the metadata.
-
-    Raises:
-        FormatError: The file is truncated or no safetensors file.
-        OSError: The file can't be opened.
-    """
-    with path.open("rb") as file:
-        num_bytes = os.fstat(file.fileno()).st_size
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            if num_bytes < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, num_bytes - 8):
-                raise ValueError(f"a header of {length} bytes in a file of {num_bytes}")
-            header = json.loads(file.read(length))
-            if not isinstance(header, dict):
-                raise ValueError("the header is no object")
-            metadata = header.pop("__metadata__", None) or {}
-            start = 8 + length
-            layouts = {name: _layout(name, entry) for name, entry in header.items()}
-            end = max((entry[3] for entry in layouts.values()), default=0)
-            if start + end > num_bytes:
-                raise ValueError(f"{start + end} bytes announced, {num_bytes} there")
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise _unreadable(path, error) from error
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-    tensors = {}
-    for name, (dtype, shape, begin, stop) in layouts.items():
-        if begin == stop:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-            continue
-        content = mapped[start + begin : start + stop]
-        own = torch.frombuffer(content, dtype=torch.uint8)
-        if own.data_ptr() % dtype.itemsize:
-            own = own.clone()
-        tensors[name] = own.view(dtype).view(shape)
-    return tensors, {str(k): str(v) for k, v in metadata.items()}
-
-
-def _layout(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    if entry["dtype"] not in _SAFETENSORS:
-        raise ValueError(f"'{name}' has the dtype {entry['dtype']}, unknown here")
-    dtype, shape = _SAFETENSORS[entry["dtype"]], entry["shape"]
-    begin, stop = entry["data_offsets"]
-    numbers = [*shape, begin, stop]
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
-        raise ValueError(f"'{name}' has shape {shape} at {begin} to {stop}")
-    needed = dtype.itemsize
-    for size in shape:
-        needed *= size
-    if stop - begin != needed:
-        raise ValueError(f"'{name}' needs {needed} bytes but has {stop - begin}")
-    return dtype, shape, begin, stop
-
-
 def _read_folder(path: Path, origin: _Source) -> Found:
     """The folder of diffusers' ``EMAModel.save_pretrained``: a config and a model."""
     try:
         config = json.loads((path / "config.json").read_text())
     except (FileNotFoundError, ValueError) as error:
         raise FormatError(
-            f"{_READ}: '{path}' is a folder without a readable config.json; pass a file, or the "
+            f"{READ}: '{path}' is a folder without a readable config.json; pass a file, or the "
             "folder of EMAModel.save_pretrained"
         ) from error
     if not isinstance(config, dict) or "optimization_step" not in config:
         raise FormatError(
-            f"{_READ}: config.json of '{path}' has no 'optimization_step', so this is no folder of "
+            f"{READ}: config.json of '{path}' has no 'optimization_step', so this is no folder of "
             "EMAModel.save_pretrained; its weights may be raw ones"
         )
     files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
     files = files or sorted(path.glob("*.bin"))
     if len(files) != 1:
-        raise FormatError(f"{_READ}: '{path}' has {len(files)} files of weights; keep one")
+        raise FormatError(f"{READ}: '{path}' has {len(files)} files of weights; keep one")
     file = files[0]
     if file.suffix == ".bin":
         tensors = origin.named(_load(file), file.name)
@@ -1163,7 +1032,7 @@ def write(
         FormatError: A ValueError: the format needs what wasn't found.
         OSError: The file can't be written.
     """
-    _write(path, found, format, _model_of(model, _WRITE))
+    _write(path, found, format, _model_of(model, WRITE))
 
 
 def _write(
@@ -1180,14 +1049,14 @@ def _write(
         tensors = found.averaged_model()
 
         def save(file: IO[bytes]) -> None:
-            write_safetensors(file, tensors, metadata, progress, release)
+            _safetensors.write_file(file, tensors, metadata, progress, release)
     elif name in _MAKERS:
         content = _MAKERS[name](found, model)
 
         def save(file: IO[bytes]) -> None:
             torch.save(content, file)
     else:
-        raise FormatError(f"{_WRITE}: format is {name!r}; choose from {', '.join(WRITABLE)}")
+        raise FormatError(f"{WRITE}: format is {name!r}; choose from {', '.join(WRITABLE)}")
     with _Replacing(path) as file:
         save(file)
 
@@ -1197,7 +1066,7 @@ class _Replacing:
 
     def __init__(self, path: Path) -> None:
         if path.is_dir():
-            raise IsADirectoryError(f"{_WRITE}: '{path}' is a folder; name a file")
+            raise IsADirectoryError(f"{WRITE}: '{path}' is a folder; name a file")
         self._path = path
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
@@ -1229,109 +1098,11 @@ def _safetensors_metadata(found: Found) -> dict[str, str]:
     return metadata
 
 
-def write_safetensors(
-    file: IO[bytes],
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    progress: Callable[[int, int], None] | None = None,
-    release: bool = False,
-) -> None:
-    """Writes the header, then tensor by tensor, without a copy of those that are contiguous.
-
-    Args:
-        file: Open for writing.
-        tensors: By name; tied ones are written under each of their names.
-        metadata: Strings for the header.
-        progress: Called with the bytes written and the bytes in all.
-        release: Give the memory of tensors that are mapped to a file, and were not written to,
-            back to the system as soon as they are through.
-
-    Raises:
-        FormatError: A dtype that the format hasn't got.
-    """
-    names = {dtype: name for name, dtype in reversed(_SAFETENSORS.items())}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    # Largest items first, so that each tensor lies at a multiple of its item's size.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    end = 0
-    for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in names:
-            raise FormatError(
-                f"{_WRITE}: '{name}' is {dtype_name(tensor.dtype)}, which safetensors hasn't got; "
-                "write another format"
-            )
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.numel() * tensor.element_size()],
-        }
-        end = header[name]["data_offsets"][1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    done = 0
-    mapped = list(_mapped_ranges()) if release else []
-    for name in order:
-        tensor = tensors[name].detach()
-        for chunk in _chunks(tensor):
-            file.write(chunk)
-            done += len(chunk)
-            if progress is not None:
-                progress(done, end)
-        if mapped:
-            _release(tensor, mapped)
-
-
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """The bytes of a tensor, without numpy, which may not be there."""
-    tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
-    num_bytes = tensor.numel() * tensor.element_size()
-    if num_bytes == 0:
-        return
-    content = memoryview((ctypes.c_ubyte * num_bytes).from_address(tensor.data_ptr())).cast("B")
-    for begin in range(0, num_bytes, _CHUNK_BYTES):
-        yield content[begin : begin + _CHUNK_BYTES]
-
-
-def _mapped_ranges() -> Iterator[tuple[int, int]]:
-    """The addresses that are mapped to files; none where the system doesn't say."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        addresses, _, _, _, inode, *_ = line.split()
-        if inode != "0":
-            begin, _, end = addresses.partition("-")
-            yield int(begin, 16), int(end, 16)
-
-
-def _release(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
-    storage = tensor.untyped_storage()
-    begin = storage.data_ptr()
-    end = begin + storage.nbytes()
-    # Of anonymous memory this would be the end.
-    if not any(low <= begin and end <= high for low, high in mapped):
-        return
-    page = mmap.PAGESIZE
-    begin, end = -(-begin // page) * page, end // page * page
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is None or begin >= end:
-        return
-    libc = ctypes.CDLL(None)
-    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
-
-
-# ---- what is written, one a format
-
-
 def _raw_of(found: Found, name: str) -> Tensors:
     missing = [n for n in found.ema if n not in found.raw]
     if missing:
         raise FormatError(
-            f"{_WRITE}: a file of {name} has the raw weights too, and {len(missing)} of them are "
+            f"{WRITE}: a file of {name} has the raw weights too, and {len(missing)} of them are "
             f"missing in '{found.format}': {_tracking.shown(missing)}; write 'safetensors', or add "
             "them: dataclasses.replace(found, raw=model.state_dict())"
         )
@@ -1342,7 +1113,7 @@ def _count_of(found: Found, name: str) -> int:
     count = found.iteration if found.num_updates is None else found.num_updates
     if count is None:
         raise FormatError(
-            f"{_WRITE}: a file of {name} counts its updates, and '{found.format}' records none; "
+            f"{WRITE}: a file of {name} counts its updates, and '{found.format}' records none; "
             "say it: dataclasses.replace(found, num_updates=...) (--iteration)"
         )
     return count
@@ -1351,7 +1122,7 @@ def _count_of(found: Found, name: str) -> int:
 def _list_of(found: Found, model: _Model | None, name: str) -> tuple[list[Tensor], float]:
     if model is None:
         raise FormatError(
-            f"{_WRITE}: a file of {name} is a list in the order of the model's parameters; pass "
+            f"{WRITE}: a file of {name} is a list in the order of the model's parameters; pass "
             "the model: write(..., model=model), or --model-names FILE"
         )
     values = found.averaged_model()
@@ -1364,10 +1135,10 @@ def _list_of(found: Found, model: _Model | None, name: str) -> tuple[list[Tensor
         else:
             missing.append(f"'{member.name}' is missing")
     if missing:
-        _refuse(f"{_WRITE}: the averages are of another model", missing)
+        refuse(f"{WRITE}: the averages are of another model", missing)
     if found.momentum is None:
         raise FormatError(
-            f"{_WRITE}: a file of {name} records its decay, and '{found.format}' has none; say "
+            f"{WRITE}: a file of {name} records its decay, and '{found.format}' has none; say "
             "it: dataclasses.replace(found, momentum=1 - decay) (--momentum)"
         )
     return listed, 1 - found.momentum
@@ -1391,7 +1162,7 @@ def _make_mmcv(found: Found, model: _Model | None) -> dict[str, Any]:
         key = _flat(name)
         if key in sources or key in main:
             raise FormatError(
-                f"{_WRITE}: '{sources.get(key, key)}' and '{name}' would both be '{key}' in a file "
+                f"{WRITE}: '{sources.get(key, key)}' and '{name}' would both be '{key}' in a file "
                 "of mmcv; rename one of them"
             )
         sources[key] = name

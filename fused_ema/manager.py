@@ -572,7 +572,7 @@ class EMAManager:
         own = [slot.ema for slot in slots]
         given = [loaded.ema[slot.name] for slot in slots]
         # The manager's own live state is its state already, and copies may not overlap.
-        other = [i for i, e in enumerate(own) if not _is_same_memory(e, given[i])]
+        other = [i for i, e in enumerate(own) if not _storage.is_same_memory(e, given[i])]
         _storage.copy([own[i] for i in other], [given[i] for i in other])
         self._aside = aside
         self._set_swapped(loaded.is_swapped)
@@ -662,10 +662,6 @@ def _is_continued(was: _tracking.Member, now: _tracking.Member) -> bool:
     same_kind = a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
     same_place = a.shape == b.shape and a.device == b.device
     return was.is_buffer and now.is_buffer and same_kind and same_place
-
-
-def _is_same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
 
 
 def _checked_momentum(value: float) -> float:

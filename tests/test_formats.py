@@ -18,7 +18,7 @@ import torch
 from nets import Net, assert_same, move, values_of
 from torch import nn
 
-from fused_ema import EMAManager, formats, schedules, state
+from fused_ema import EMAManager, _safetensors, schedules, state
 from fused_ema.__main__ import Progress, main
 from fused_ema.formats import FORMATS, WRITABLE, FormatError, Found
 
@@ -373,7 +373,7 @@ def test_a_folder(tmp_path):
     _, ema = both(a_model())
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     with file.open("wb") as opened:
-        formats.write_safetensors(opened, ema, {"format": "pt"})
+        _safetensors.write_file(opened, ema, {"format": "pt"})
     with pytest.raises(FormatError, match=r"without a readable config.json"):
         state.read(tmp_path)
     config = tmp_path / "config.json"
@@ -751,7 +751,7 @@ TRAINING = """
     from pathlib import Path
     import torch
     from torch import nn
-    from fused_ema import EMAManager, schedules, state
+    from fused_ema import EMAManager, _safetensors, schedules, state
     from fused_ema.formats import Found
 
     torch.set_num_threads(1)

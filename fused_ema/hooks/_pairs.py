@@ -38,7 +38,7 @@ class Pairs:
             if a.shape != b.shape:
                 raise ValueError(
                     f"fused_ema.hooks: '{name}' has shape {list(b.shape)} in the model but "
-                    f"{list(a.shape)} in its average; average the model that it was made from"
+                    f"{list(a.shape)} in its averaged copy; average the model that it was made from"
                 )
         floats = [pair for pair in self._all if pair[0].is_floating_point()]
         self._others = [(a, b) for a, b, _ in self._all if not a.is_floating_point()]

@@ -141,7 +141,7 @@ class ShadowParams:
         pairs = [
             (p.detach(), s)
             for s, p in zip(self._averages(), params, strict=True)
-            if not _is_same_memory(s, p)
+            if not _storage.is_same_memory(s, p)
         ]
         _storage.copy([p for p, _ in pairs], [s for _, s in pairs])
 
@@ -252,10 +252,6 @@ def _check_fit(where: str, what: str, given: Sequence[Tensor], here: Sequence[Te
         )
 
 
-def _is_same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
-
-
 class _Swap:
     """Averages in the parameters and back: exchanged where that is exact, else with a copy."""
 
@@ -316,7 +312,7 @@ class _Swap:
         back += [
             (p.detach(), alias)
             for p, alias in zip(self._params, self._aliases, strict=True)
-            if not _is_same_memory(p, alias)
+            if not _storage.is_same_memory(p, alias)
         ]
         _storage.copy([d for d, _ in back], [s for _, s in back])
 
@@ -336,7 +332,7 @@ class ModuleFollower(_pairs.Follower):
         """The pairs with this model; as Follower's.
 
         Raises:
-            ValueError: As Follower's; tensors that aren't averaged differ in shape.
+            ValueError: As Follower's.
         """
         # A model may assign those in every forward, so they are no part of what Follower watches.
         if any(owner.get(key) is not tensor for owner, key, tensor in self._passing):
@@ -345,11 +341,6 @@ class ModuleFollower(_pairs.Follower):
         pairs = super().pairs(model)
         if pairs is not was:
             averaged, live = self._tensors_of(self._averaged), self._tensors_of(model)
-            try:
-                _check_shapes(averaged, live)
-            except ValueError:
-                self._model = None
-                raise
             followed = {id(None), *(id(t) for _, t in (*averaged, *live))}
             self._passing = [
                 (module._buffers, key, module._buffers.get(key))
@@ -359,17 +350,6 @@ class ModuleFollower(_pairs.Follower):
                 if id(module._buffers.get(key)) in followed
             ]
         return pairs
-
-
-def _check_shapes(
-    averaged: Sequence[tuple[str, Tensor]], live: Sequence[tuple[str, Tensor]]
-) -> None:
-    for (_, a), (name, b) in zip(averaged, live, strict=True):
-        if a.shape != b.shape:
-            raise ValueError(
-                f"fused_ema.hooks: '{name}' has shape {list(b.shape)} in the model but "
-                f"{list(a.shape)} in its averaged copy; average the model that it was made from"
-            )
 
 
 class ModuleCopy(nn.Module):

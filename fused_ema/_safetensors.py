@@ -1,0 +1,226 @@
+"""Safetensors files: 8 bytes with the length of a JSON header, the header, the tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from fused_ema._foreach import dtype_name
+from fused_ema._format_errors import READ, WRITE, FormatError, refuse, unreadable
+
+_MAX_HEADER_BYTES = 100_000_000
+_CHUNK_BYTES = 8 << 20
+
+# The first of two names for one dtype is the one that is written.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def is_safetensors(path: Path) -> bool:
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        return True
+    with path.open("rb") as file:
+        start = file.read(9)
+    # A zip begins with PK, a pickle with 0x80.
+    return len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK"
+
+
+def map_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(files.values()))
+        if any(Path(name).name != name for name in names):
+            raise ValueError("a file outside of its folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise unreadable(index, error) from error
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        tensors.update(map_file(index.with_name(name))[0])
+    missing = [f"'{name}' is in none of its files" for name in files if name not in tensors]
+    if missing:
+        refuse(f"{READ}: '{index}' is incomplete", missing)
+    return {name: tensors[name] for name in files}, {}
+
+
+def map_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Maps a safetensors file into memory; nothing is read until a tensor is used.
+
+    Writing to a tensor doesn't reach the file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        FormatError: The file is truncated or no safetensors file.
+        OSError: The file can't be opened.
+    """
+    with path.open("rb") as file:
+        num_bytes = os.fstat(file.fileno()).st_size
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            if num_bytes < 8 or not 2 <= length <= min(_MAX_HEADER_BYTES, num_bytes - 8):
+                raise ValueError(f"a header of {length} bytes in a file of {num_bytes}")
+            header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("the header is no object")
+            metadata = header.pop("__metadata__", None) or {}
+            start = 8 + length
+            layouts = {name: _layout(name, entry) for name, entry in header.items()}
+            end = max((entry[3] for entry in layouts.values()), default=0)
+            if start + end > num_bytes:
+                raise ValueError(f"{start + end} bytes announced, {num_bytes} there")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise unreadable(path, error) from error
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    tensors = {}
+    for name, (dtype, shape, begin, stop) in layouts.items():
+        if begin == stop:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+            continue
+        content = mapped[start + begin : start + stop]
+        own = torch.frombuffer(content, dtype=torch.uint8)
+        if own.data_ptr() % dtype.itemsize:
+            own = own.clone()
+        tensors[name] = own.view(dtype).view(shape)
+    return tensors, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _layout(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(f"'{name}' has the dtype {entry['dtype']}, unknown here")
+    dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+    begin, stop = entry["data_offsets"]
+    numbers = [*shape, begin, stop]
+    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in numbers):
+        raise ValueError(f"'{name}' has shape {shape} at {begin} to {stop}")
+    needed = dtype.itemsize
+    for size in shape:
+        needed *= size
+    if stop - begin != needed:
+        raise ValueError(f"'{name}' needs {needed} bytes but has {stop - begin}")
+    return dtype, shape, begin, stop
+
+
+def write_file(
+    file: IO[bytes],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    progress: Callable[[int, int], None] | None = None,
+    release: bool = False,
+) -> None:
+    """Writes the header, then tensor by tensor, without a copy of those that are contiguous.
+
+    Args:
+        file: Open for writing.
+        tensors: By name; tied ones are written under each of their names.
+        metadata: Strings for the header.
+        progress: Called with the bytes written and the bytes in all.
+        release: Give the memory of tensors that are mapped to a file, and were not written to,
+            back to the system as soon as they are through.
+
+    Raises:
+        FormatError: A dtype that the format hasn't got.
+    """
+    names = {dtype: name for name, dtype in reversed(_DTYPES.items())}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    # Largest items first, so that each tensor lies at a multiple of its item's size.
+    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    end = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in names:
+            raise FormatError(
+                f"{WRITE}: '{name}' is {dtype_name(tensor.dtype)}, which safetensors hasn't got; "
+                "write another format"
+            )
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.numel() * tensor.element_size()],
+        }
+        end = header[name]["data_offsets"][1]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little"))
+    file.write(text)
+    done = 0
+    mapped = list(_mapped_ranges()) if release else []
+    for name in order:
+        tensor = tensors[name].detach()
+        for chunk in _chunks(tensor):
+            file.write(chunk)
+            done += len(chunk)
+            if progress is not None:
+                progress(done, end)
+        if mapped:
+            _release(tensor, mapped)
+
+
+def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor, without numpy, which may not be there."""
+    tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
+    num_bytes = tensor.numel() * tensor.element_size()
+    if num_bytes == 0:
+        return
+    content = memoryview((ctypes.c_ubyte * num_bytes).from_address(tensor.data_ptr())).cast("B")
+    for begin in range(0, num_bytes, _CHUNK_BYTES):
+        yield content[begin : begin + _CHUNK_BYTES]
+
+
+def _mapped_ranges() -> Iterator[tuple[int, int]]:
+    """The addresses that are mapped to files; none where the system doesn't say."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        addresses, _, _, _, inode, *_ = line.split()
+        if inode != "0":
+            begin, _, end = addresses.partition("-")
+            yield int(begin, 16), int(end, 16)
+
+
+def _release(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
+    storage = tensor.untyped_storage()
+    begin = storage.data_ptr()
+    end = begin + storage.nbytes()
+    # Of anonymous memory this would be the end.
+    if not any(low <= begin and end <= high for low, high in mapped):
+        return
+    page = mmap.PAGESIZE
+    begin, end = -(-begin // page) * page, end // page * page
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    if advice is None or begin >= end:
+        return
+    libc = ctypes.CDLL(None)
+    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
+
+
+# ---- what is written, one a format
