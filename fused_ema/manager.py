@@ -538,7 +538,8 @@ class EMAManager:
         """Takes over a state, before or after the model loads its own.
 
         A state that was taken while swapped leaves the manager swapped: :meth:`swap` then brings
-        the raw weights of the state into the model.
+        the raw weights of the state into the model. Settings are no part of a state: a run that is
+        resumed with another ``interval``, ``begin`` or momentum follows what it is given.
 
         Args:
             state_dict: What :meth:`state_dict` returned, on any device. A dtype that holds fewer

@@ -1,14 +1,13 @@
 """Faults: no memory, exceptions, killed processes, tensors that move, forks, threads, the exit.
 
-Whatever may end or hang a process runs in one of its own: ``forked`` is a copy of this one, which
-costs little but knows no threads; ``in_a_process`` calls a function of this file in a new one.
+Whatever may end or hang a process runs in one of its own: in a copy of this one (processes.py),
+which costs little but knows no threads, or ``in_a_process``, a new one that calls a function here.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import faulthandler
 import io
 import os
 import pickle
@@ -19,14 +18,13 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 from nets import Net, assert_same, move, values_of
+from processes import Fork, forked
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,41 +66,6 @@ def in_a_process(function, *args):
     ((status, stdout, stderr),) = pythons(f"import test_faults; print({call}, end='')")
     assert status == 0, stderr
     return stdout
-
-
-class Fork:
-    """A copy of this process that does some work; killed when it takes longer than `seconds`."""
-
-    def __init__(self, work, seconds):
-        read, write = os.pipe()
-        with warnings.catch_warnings():
-            # From Python 3.12 on, where there are threads: OpenMP's, which wait for work.
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", Warning)
-            self.pid = os.fork()
-        if self.pid == 0:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
-            faulthandler.disable()  # How a fork ends is for the test to say.
-            torch.set_num_threads(1)  # In a fork OpenMP has lost the threads that it counts on.
-            try:
-                text = str(work())
-            except BaseException:
-                text = traceback.format_exc()
-            os.write(write, text.encode())
-            os._exit(0)
-        os.close(write)
-        self.read = read
-
-    def outcome(self):
-        """What the work returned, as text, or what ended it."""
-        with os.fdopen(self.read, "rb") as pipe:
-            text = pipe.read().decode()
-        _, status = os.waitpid(self.pid, 0)
-        return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else text
-
-
-def forked(work, *args, seconds=60):
-    return Fork(lambda: work(*args), seconds).outcome()
 
 
 @pytest.fixture

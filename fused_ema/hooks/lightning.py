@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_ema import _tracking, state
-from fused_ema.hooks import required
+from fused_ema.hooks import _options, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -115,24 +115,20 @@ class EMA(_Callback):
         super().__init__()
         if deploy not in ("ema", "raw"):
             raise ValueError(f"{_TITLE}: deploy is {deploy!r}; choose 'ema' or 'raw'")
-        general: dict[str, Any] = {
-            "momentum": momentum,
-            "interval": interval,
-            "skip_buffers": skip_buffers,
-            "momentum_fun": momentum_fun,
-            "form": form,
-            "begin": begin,
-            "copy_buffers": copy_buffers,
-        }
-        EMAManager(nn.Linear(1, 1), **general)  # What is wrong without any model is said here.
-        self._options: dict[str, Any] = {
-            **general,
-            "ema_dtype": ema_dtype,
-            "device": device,
-            "skip_frozen": skip_frozen,
-            "include": include,
-            "exclude": exclude,
-        }
+        self._options = _options.checked(
+            momentum=momentum,
+            interval=interval,
+            skip_buffers=skip_buffers,
+            momentum_fun=momentum_fun,
+            form=form,
+            begin=begin,
+            copy_buffers=copy_buffers,
+            ema_dtype=ema_dtype,
+            device=device,
+            skip_frozen=skip_frozen,
+            include=include,
+            exclude=exclude,
+        )
         self._deploy = deploy
         self._manager: EMAManager | None = None
         self._pending: Mapping[str, Any] | None = None

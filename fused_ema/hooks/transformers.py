@@ -16,9 +16,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
-from fused_ema.hooks import required
+from fused_ema.hooks import _options, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -110,24 +109,20 @@ class EMACallback(_Callback):
         start_anew: bool = False,
     ) -> None:
         super().__init__()
-        general: dict[str, Any] = {
-            "momentum": momentum,
-            "interval": interval,
-            "skip_buffers": skip_buffers,
-            "momentum_fun": momentum_fun,
-            "form": form,
-            "begin": begin,
-            "copy_buffers": copy_buffers,
-        }
-        EMAManager(nn.Linear(1, 1), **general)  # What is wrong without any model is said here.
-        self._options: dict[str, Any] = {
-            **general,
-            "ema_dtype": ema_dtype,
-            "device": device,
-            "skip_frozen": skip_frozen,
-            "include": include,
-            "exclude": exclude,
-        }
+        self._options = _options.checked(
+            momentum=momentum,
+            interval=interval,
+            skip_buffers=skip_buffers,
+            momentum_fun=momentum_fun,
+            form=form,
+            begin=begin,
+            copy_buffers=copy_buffers,
+            ema_dtype=ema_dtype,
+            device=device,
+            skip_frozen=skip_frozen,
+            include=include,
+            exclude=exclude,
+        )
         self._save_to = save_to
         self._start_anew = start_anew
         self._trainer: Any = None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
+from params import assert_lists, copies, make_params, move, saved
 from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -14,9 +14,8 @@ from diffusers import DDPMScheduler, UNet2DModel  # noqa: E402
 from diffusers.training_utils import EMAModel as Theirs  # noqa: E402
 
 from fused_ema.hooks.diffusers import EMAModel  # noqa: E402
-from fused_ema.testing import ROUNDINGS, bits_of, random_values  # noqa: E402
+from fused_ema.testing import ROUNDINGS  # noqa: E402
 
-SHAPES = [(7, 5), (), (0, 3), (33,), (4, 3, 3, 3), (1000,)]
 OPTIONS = {
     "plain": {},
     "capped": {"decay": 0.3, "min_decay": 0.05},
@@ -28,45 +27,10 @@ OPTIONS = {
 }
 
 
-def make_params(dtype=torch.float32, seed=0):
-    params = []
-    for index, shape in enumerate(SHAPES):
-        values = random_values(torch.Size(shape).numel(), torch.float64, seed + index).view(shape)
-        if len(shape) == 4:
-            values = values.contiguous(memory_format=torch.channels_last)
-        params.append(nn.Parameter(values.to(dtype), requires_grad=index != 3))
-    return params
-
-
-def move(params, seed):
-    with torch.no_grad():
-        for index, p in enumerate(params):
-            change = random_values(p.numel(), torch.float64, 100 * seed + index)
-            p.add_(change.view(p.shape).to(p.dtype))
-
-
-def assert_lists(actual, expected):
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-        assert torch.equal(bits_of(a), bits_of(b))
-
-
-def copies(tensors):
-    return [t.detach().clone() for t in tensors]
-
-
 def settings_of(ema):
     state = ema.state_dict()
     del state["shadow_params"]
     return list(state.items())
-
-
-def saved(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def make_unet(seed=0):

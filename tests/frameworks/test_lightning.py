@@ -15,7 +15,7 @@ import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.plugins.precision import MixedPrecision
-from nets import Net, assert_same, same, values_of
+from nets import Net, assert_same, is_same, same, values_of
 from torch.utils.data import DataLoader
 
 import fused_ema
@@ -166,14 +166,6 @@ def make_trainer(tmp_path, *callbacks, library=pl, **options):
 
 def load(path):
     return torch.load(path, weights_only=True)
-
-
-def is_same(a, b):
-    try:
-        assert_same(a, b)
-    except AssertionError:
-        return False
-    return True
 
 
 # ---- the numbers

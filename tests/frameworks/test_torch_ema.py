@@ -4,59 +4,21 @@ from __future__ import annotations
 
 import copy
 import gc
-import io
 import pickle
 import weakref
 
 import pytest
 import torch
 import torch_ema
+from params import assert_lists, copies, make_params, move, saved
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ema import _storage
 from fused_ema.hooks.torch_ema import ExponentialMovingAverage
-from fused_ema.testing import ROUNDINGS, bits_of, random_values
+from fused_ema.testing import ROUNDINGS
 
 Theirs = torch_ema.ExponentialMovingAverage
-SHAPES = [(7, 5), (), (0, 3), (33,), (4, 3, 3, 3), (1000,)]
-
-
-def make_params(dtype=torch.float32, seed=0):
-    params = []
-    for index, shape in enumerate(SHAPES):
-        size = torch.Size(shape).numel()
-        values = random_values(size, torch.float64, seed + index).view(shape)
-        if len(shape) == 4:
-            values = values.contiguous(memory_format=torch.channels_last)
-        params.append(nn.Parameter(values.to(dtype), requires_grad=index != 3))
-    return params
-
-
-def move(params, seed):
-    with torch.no_grad():
-        for index, p in enumerate(params):
-            change = random_values(p.numel(), torch.float64, 100 * seed + index)
-            p.add_(change.view(p.shape).to(p.dtype))
-
-
-def assert_lists(actual, expected):
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
-        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
-        assert torch.equal(bits_of(a), bits_of(b))
-
-
-def copies(tensors):
-    return [t.detach().clone() for t in tensors]
-
-
-def saved(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
 
 # ---- the values
 

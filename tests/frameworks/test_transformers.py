@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from nets import assert_same, values_of
+from nets import assert_same, is_same, values_of
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
@@ -131,14 +131,6 @@ def train(tmp_path, model, options=None, **settings):
     ema = EMACallback(**options).attach(trainer)
     trainer.train()
     return trainer, ema, reference
-
-
-def is_same(a, b):
-    try:
-        assert_same(a, b)
-    except AssertionError:
-        return False
-    return True
 
 
 # ---- the numbers, and when it updates

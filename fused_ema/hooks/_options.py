@@ -1,0 +1,23 @@
+"""What a callback is given for the manager that it makes later, when there is a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fused_ema.manager import EMAManager
+
+# These need the model.
+_OF_THE_MODEL = ("ema_dtype", "device", "skip_frozen", "include", "exclude")
+
+
+def checked(**options: Any) -> dict[str, Any]:
+    """The options, once what is wrong without any model has been said.
+
+    Raises:
+        TypeError: As EMAManager.
+        ValueError: As EMAManager.
+    """
+    EMAManager(nn.Linear(1, 1), **{k: v for k, v in options.items() if k not in _OF_THE_MODEL})
+    return options
