@@ -22,6 +22,9 @@ class Pairs:
         live: The model's tensors.
         names: A name for each pair, for error messages.
 
+    Attributes:
+        others: Pairs that aren't floating-point ones.
+
     Raises:
         TypeError: A floating-point pair whose dtypes can't be averaged.
         ValueError: Lengths or shapes differ, or tensors overlap.
@@ -41,7 +44,7 @@ class Pairs:
                     f"{list(a.shape)} in its averaged copy; average the model that it was made from"
                 )
         floats = [pair for pair in self._all if pair[0].is_floating_point()]
-        self._others = [(a, b) for a, b, _ in self._all if not a.is_floating_point()]
+        self.others = [(a, b) for a, b, _ in self._all if not a.is_floating_point()]
         # Where a param is on another device than its average: room for its values there.
         away = [(a, b) for a, b, _ in floats if a.device != b.device]
         with torch.inference_mode(False):
@@ -66,7 +69,7 @@ class Pairs:
 
     def copy_others(self) -> None:
         """The same for those that aren't floating-point ones."""
-        _storage.copy([a for a, _ in self._others], [b for _, b in self._others])
+        _storage.copy([a for a, _ in self.others], [b for _, b in self.others])
 
     def swap(self) -> None:
         """Exchanges every pair; each side is rounded to the other's dtype where they differ."""
@@ -77,7 +80,7 @@ class Pairs:
                 "weights aside"
             )
         exchange = _storage.Exchange(
-            [a for a, _ in self._others], [b for _, b in self._others], self._plan, self._marks
+            [a for a, _ in self.others], [b for _, b in self.others], self._plan, self._marks
         )
         try:
             exchange.run()

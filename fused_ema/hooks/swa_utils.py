@@ -249,7 +249,7 @@ class AveragedModel(_shadow.ModuleCopy):
         return averaged, [p.to(a.device) for a, p in zip(averaged, live, strict=True)]
 
     def _lists_of_others(self, pairs: _pairs.Pairs) -> tuple[list[Tensor], list[Tensor]]:
-        others = pairs._others
+        others = pairs.others
         return [a.detach() for a, _ in others], [p.detach().to(a.device) for a, p in others]
 
     def _num_averaged(self) -> int:
