@@ -534,6 +534,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dtype, deploy):
         assert_same_end(finished(resumed, tmp_path), expected)
 
 
+def test_a_resumed_run_follows_the_interval_that_it_is_given(tmp_path):
+    trainer, _ = resumable(tmp_path)
+    trainer.fit(Module(optimizer="adam"), loader())
+    resumed, ema = resumable(tmp_path / "again")
+    ema._options["interval"] = 3
+    resumed.fit(
+        Module(optimizer="adam"), loader(), ckpt_path=tmp_path / "step=3.ckpt", weights_only=True
+    )
+    # Of the iterations 0 to 2 one was averaged, of 3 to 8 then 5 and 8.
+    assert (ema.manager.iteration, ema.manager.num_updates) == (9, 1 + 2)
+
+
 def test_a_checkpoint_saved_in_validation_or_after_fit_has_the_raw_weights(tmp_path):
     class Saving(Module):
         def validation_step(self, batch):

@@ -301,6 +301,18 @@ def test_checkpoints_go_both_ways(tmp_path, runner, dtype, skip_buffers):
         assert_same_run(resumed(hooks[reader], writer), expected)
 
 
+def test_a_resumed_run_follows_the_interval_that_it_is_given(tmp_path):
+    train(both("EMAHook", interval=1)[1], work_dir=tmp_path, epochs=2)
+    path = str(tmp_path / "epoch_2.pth")
+    other, same_as_before = (
+        [train({**hook, "resume_from": path}, epochs=3) for hook in both("EMAHook", interval=k)]
+        for k in (3, 1)
+    )
+    assert_same_run(*other)
+    with pytest.raises(AssertionError):
+        assert_same_run(other[0], same_as_before[0])
+
+
 def test_an_iter_based_runner_resumes_without_a_gpu(tmp_path):
     mine, theirs = both("EMAHook")
     train(mine, runner=IterBasedRunner, epochs=1, work_dir=tmp_path)

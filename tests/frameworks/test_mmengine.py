@@ -623,6 +623,17 @@ def test_checkpoints_go_from_one_to_the_other(tmp_path, run, by_epoch):
         assert_same_file(folder / last, tmp_path / "EMAHook" / last)
 
 
+def test_a_resumed_run_follows_the_interval_that_it_is_given(tmp_path):
+    train(tmp_path / "saved", given("plain")[0])
+    for name, custom in zip(HOOKS, given("interval"), strict=True):
+        path = str(tmp_path / "saved/epoch_1.pth")
+        train(tmp_path / name, custom, resume=True, load_from=path)
+    ours, theirs = (tmp_path / name / "epoch_3.pth" for name in HOOKS)
+    assert_same_file(ours, theirs)
+    with pytest.raises(AssertionError):
+        assert_same_file(ours, tmp_path / "saved/epoch_3.pth")
+
+
 @pytest.mark.parametrize("strict_load", [False, True])
 def test_weights_are_loaded_and_tested_as_theirs(tmp_path, strict_load):
     train(tmp_path / "saved", hook("EMAHook"))

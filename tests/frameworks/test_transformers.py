@@ -382,6 +382,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dtype, by):
         assert position(tmp_path, 9)["last_epoch"] == 9
 
 
+def test_a_resumed_run_follows_the_interval_that_it_is_given(tmp_path):
+    resumable(tmp_path)[0].train()
+    resumed, _, ema = resumable(tmp_path, torch.float32, 7, save_steps=9)
+    ema._options["interval"] = 3
+    resumed.train(resume_from_checkpoint=tmp_path / "out" / "checkpoint-3")
+    # Of the iterations 0 to 2 one was averaged, of 3 to 8 then 5 and 8.
+    assert (ema.manager.iteration, ema.manager.num_updates) == (9, 1 + 2)
+
+
 class Kill(TrainerCallback):
     def __init__(self, step):
         self.step = step
