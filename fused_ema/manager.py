@@ -262,8 +262,7 @@ class EMAManager:
             optimizer = optimizer.optimizer  # accelerate's wrapper never calls hooks of its own.
 
         def after_step(optimizer: object, args: object, kwargs: object) -> None:
-            found_inf = getattr(optimizer, "found_inf", None)
-            if found_inf is None or not bool(found_inf):
+            if not was_skipped(optimizer):
                 self.update()
 
         return optimizer.register_step_post_hook(after_step)
@@ -640,6 +639,12 @@ class EMAManager:
         slot = self._tracked.slots[index]
         is_in_model = self._is_swapped and index not in self._aside
         return slot.param.detach() if is_in_model else slot.ema
+
+
+def was_skipped(optimizer: object) -> bool:
+    """Whether a gradient scaler has just let a fused optimizer skip its step; for a step hook."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
 
 
 class _Write(NamedTuple):

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_ema import _tracking, state
 from fused_ema.hooks import _options, required
-from fused_ema.manager import EMAManager
+from fused_ema.manager import EMAManager, was_skipped
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
@@ -340,9 +340,7 @@ class EMA(_Callback):
         return self._manager
 
     def _note_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        # A fused optimizer is called by a scaler all the same, and skips the step by itself.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is not None and bool(found_inf):
+        if was_skipped(optimizer):
             return
         self._has_stepped = True
         self._had_gradients = self._had_gradients or any(
