@@ -936,7 +936,12 @@ def forks_with_threads():
         lambda: plans[0].update(0.5),
         lambda: plans[1].update(0.5),
     )
-    forks = [Fork(lambda work=work: with_threads(work), seconds=4) for work in works]
+    # The first two may hang, so that is how long this takes.
+    limits = (4, 4, 40)
+    forks = [
+        Fork(lambda work=work: with_threads(work), seconds)
+        for work, seconds in zip(works, limits, strict=True)
+    ]
     return " ".join(fork.outcome() for fork in forks)
 
 
@@ -966,7 +971,7 @@ def forks_beside_updates():
     forks = []
     for _ in range(6):
         time.sleep(0.01)
-        forks.append(Fork(in_the_fork, seconds=5))
+        forks.append(Fork(in_the_fork, seconds=40))
     done.set()
     thread.join()
     return " ".join(fork.outcome() for fork in forks)
