@@ -21,6 +21,7 @@ import torch
 from bench import cases, manager, providers, report, timer, train
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
+from fused_ema.__main__ import number
 
 # What runs unasked: (op, dtype pair, cases), None for all of them.
 DEFAULT_ROWS: tuple[tuple[Op, str, tuple[str, ...] | None], ...] = (
@@ -363,7 +364,7 @@ def make_parser() -> argparse.ArgumentParser:
         + ", ".join(f"python -m bench {name}" for name in COMMANDS if name != "ops")
         + ".",
     )
-    add, number = parser.add_argument, report.number
+    add = parser.add_argument
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--list", action="store_true", help="show every case, op, dtype pair and provider")
     add("--cases", type=_names(cases.names(), "case"), help="lists of tensors to run on")

@@ -33,6 +33,7 @@ from bench import report, timer
 from bench.providers import Call, Lists
 from bench.train import NaiveEMA
 from fused_ema import schedules
+from fused_ema.__main__ import number
 from fused_ema.ops import Form
 
 NUM_TENSORS = 1000
@@ -335,7 +336,7 @@ def main(argv: Sequence[str]) -> int:
         description="Host time of EMAManager beyond its plan, the memory that swapped() allocates "
         "and the calls of state_dict() in an update.",
     )
-    add, number = parser.add_argument, report.number
+    add = parser.add_argument
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--tensors", type=number(int, 1), default=NUM_TENSORS, help="of the model (%(default)s)")
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")

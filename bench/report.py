@@ -1,13 +1,12 @@
 """What comes out: records, the JSON file, tables and plots; and what all commands share."""
 
-import argparse
 import importlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -188,21 +187,6 @@ def write_json(path: Path, facts: dict[str, Any], content: dict[str, Any]) -> No
 
 
 # ---- command line
-
-
-def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
-    """An argparse type: a number of that kind, both ends included."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
-        return value
-
-    return parse
 
 
 def print_failures(failures: Sequence[str]) -> int:

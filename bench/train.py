@@ -30,6 +30,7 @@ from torch import Tensor, nn
 import fused_ema
 from bench import report
 from bench.timer import Timing, percentile
+from fused_ema.__main__ import number
 from fused_ema.testing import assert_bits_equal
 
 # The rest is the test split. The images stand in the order of their writers, so that most of those
@@ -400,7 +401,7 @@ def main(argv: Sequence[str]) -> int:
         description="Trains a small net twice, averaged by the naive loop and by the manager: "
         "whether their bits agree, what each takes, and what the average is good for.",
     )
-    add, number = parser.add_argument, report.number
+    add = parser.add_argument
     defaults = Settings()
     add("--epochs", type=number(int, 1), default=defaults.epochs, help="(%(default)s)")
     add(

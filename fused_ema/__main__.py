@@ -187,7 +187,9 @@ def _convert(args: argparse.Namespace) -> None:
 # ---- command line
 
 
-def _number(kind: type, low: float, high: float) -> Callable[[str], Any]:
+def number(kind: type, low: float, high: float = float("inf")) -> Callable[[str], Any]:
+    """An argparse type: a number of that kind, both ends included."""
+
     def parse(text: str) -> Any:
         try:
             value = kind(text)
@@ -237,8 +239,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("input", type=Path, metavar="IN")
     add("output", type=Path, metavar="OUT", help="is replaced if it is there")
     add("--to", choices=formats.WRITABLE, required=True, metavar="FORMAT")
-    add("--iteration", type=_number(int, 0, 2**62), help="where IN doesn't record it")
-    add("--momentum", type=_number(float, 0, 1), help="where IN doesn't record it: 1 - decay")
+    add("--iteration", type=number(int, 0, 2**62), help="where IN doesn't record it")
+    add("--momentum", type=number(float, 0, 1), help="where IN doesn't record it: 1 - decay")
     convert.set_defaults(run=_convert)
     return parser
 

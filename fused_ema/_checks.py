@@ -29,6 +29,17 @@ def fraction(where: str, name: str, value: float) -> float:
     return checked
 
 
+def momentum(where: str, value: float) -> float:
+    """A constant momentum, between 0 and 1, both excluded."""
+    checked = number(where, "momentum", value)
+    if not 0 < checked < 1:  # false for NaN too
+        raise ValueError(
+            f"fused_ema.{where}: momentum is {value}; it is the weight of the new value and must "
+            "be between 0 and 1 (1 - decay, where you know it as a decay)"
+        )
+    return checked
+
+
 def positive(where: str, name: str, value: float) -> float:
     """A finite number above 0."""
     checked = number(where, name, value)

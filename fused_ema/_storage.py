@@ -64,6 +64,12 @@ _SAME_WIDTH = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}
 _FLOATS = frozenset(chain.from_iterable(DTYPE_PAIRS))
 
 
+def make_marks() -> tuple[Tensor, Tensor]:
+    """What every Exchange of its owner takes to know whether a call ran; kept, to allocate once."""
+    with torch.inference_mode(False):
+        return torch.zeros(()), torch.ones(())
+
+
 class Exchange:
     """An exchange of pairs of one dtype each, any dtype; it can be undone however far it came.
 
@@ -71,8 +77,8 @@ class Exchange:
         a: Tensors.
         b: As many of the same shapes, dtypes and devices.
         plan: One whose pairs are exchanged as well.
-        marks: Two 0-dim float32 tensors of different values. An interrupt is raised right after a
-            call: that these are exchanged, too, tells that the call ran.
+        marks: Those of make_marks(). An interrupt is raised right after a call: that these are
+            exchanged, too, tells that the call ran.
     """
 
     def __init__(
@@ -110,6 +116,7 @@ class Exchange:
         if self._plan is not None:
             self._plan.swap()
 
+    # The caller's to call: an interrupt may come after run() has returned, too.
     @torch.no_grad()
     def undo(self) -> None:
         """Undoes what an exchange that was interrupted has done."""

@@ -111,7 +111,7 @@ class EMAManager:
             raise ValueError(f"{_TITLE}: both skip_buffers and copy_buffers are set; choose one")
         check_form("EMAManager", form)
         self._model = model
-        self._momentum = _checked_momentum(momentum)
+        self._momentum = _checks.momentum("EMAManager", momentum)
         self._momentum_fun = momentum_fun
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
@@ -133,8 +133,7 @@ class EMAManager:
         self._in_context = False
         # While swapped: the raw values of the slots that aren't exchanged in place, by index.
         self._aside: dict[int, Tensor] = {}
-        with torch.inference_mode(False):
-            self._marks = torch.zeros(()), torch.ones(())
+        self._marks = _storage.make_marks()
         tree = _tracking.read(model)
         self._tracked = self._policy.track(tree, self._selection.choose(tree.members))
 
@@ -300,9 +299,9 @@ class EMAManager:
 
         Whatever is raised inside, the raw weights come back. Nothing is allocated where ema and
         param have one dtype (but for the time of a swap, a copy of each 8-bit or bool buffer): they
-        are exchanged. Elsewhere the raw weights are set aside and the
-        ema is rounded into the model, so that the ema itself loses nothing; what is written to
-        such a param meanwhile is dropped.
+        are exchanged. Elsewhere the raw weights are set aside and the ema is rounded into the
+        model, so that the ema itself loses nothing; what is written to such a param meanwhile is
+        dropped.
 
         Raises:
             RuntimeError: The model is swapped already, or its parameters were replaced or added.
@@ -668,13 +667,3 @@ def _is_continued(was: _tracking.Member, now: _tracking.Member) -> bool:
     same_kind = a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
     same_place = a.shape == b.shape and a.device == b.device
     return was.is_buffer and now.is_buffer and same_kind and same_place
-
-
-def _checked_momentum(value: float) -> float:
-    momentum = _checks.number("EMAManager", "momentum", value)
-    if not 0 < momentum < 1:  # False for NaN too.
-        raise ValueError(
-            f"{_TITLE}: momentum is {value}; it is the weight of the new value and must be between "
-            "0 and 1 (1 - decay, where you know it as a decay)"
-        )
-    return momentum

@@ -273,7 +273,7 @@ LATE = "dict(type='ExpMomentumEMAHook', momentum=0.001)"
     [
         ("raw iter_3.pth", {}),
         ("raw last.pth", {"config": "runner = dict(type='IterBasedRunner')\n" + config_of(LATE)}),
-        ("ema last.pth", {"hook_msgs": {"last_ckpt": "/work/epoch_2.pth"}}),
+        ("ema last.pth", {"hook_msgs": {"last_ckpt": "/runs/epoch_2.pth"}}),
         # An epoch-based runner gives files that it saves by iterations the names of epochs.
         ("raw epoch_3.pth", {"hook_msgs": {"last_ckpt": "/work/iter_2.pth"}}),
         ("raw epoch_3.pth", {"config": config_of(EARLY, "dict(interval=1, by_epoch=False)")}),

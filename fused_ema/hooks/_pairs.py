@@ -55,7 +55,7 @@ class Pairs:
             [stages.get(id(b), b) for _, b, _ in floats],
             [name for _, _, name in floats],
         )
-        self._marks = torch.zeros(()), torch.ones(())
+        self._marks = _storage.make_marks()
 
     def update(self, momentum: float, form: Form) -> None:
         """Averages the floating-point pairs."""
@@ -79,9 +79,8 @@ class Pairs:
                 "can't be exchanged with it in place; use fused_ema.EMAManager, which sets the raw "
                 "weights aside"
             )
-        exchange = _storage.Exchange(
-            [a for a, _ in self.others], [b for _, b in self.others], self._plan, self._marks
-        )
+        averaged, live = [a for a, _ in self.others], [b for _, b in self.others]
+        exchange = _storage.Exchange(averaged, live, self._plan, self._marks)
         try:
             exchange.run()
         except BaseException:
@@ -105,6 +104,10 @@ class Follower:
         self._model: nn.Module | None = None
         self._trees: tuple[_tracking.Tree, ...] = ()
         self._pairs = Pairs([], [], [])
+
+    def is_of_another(self, averaged: nn.Module) -> bool:
+        """Whether that is another averaged module than the one it was made for."""
+        return self._averaged is not averaged
 
     def pairs(self, model: nn.Module) -> Pairs:
         """The pairs with this model.

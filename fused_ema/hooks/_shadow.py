@@ -69,12 +69,17 @@ class ShadowParams:
             )
         with torch.inference_mode(False), torch.no_grad():
             self._shadow = [p.detach().clone() for p in listed]
-            self._marks = torch.zeros(()), torch.ones(())
+        self._marks = _storage.make_marks()
         self._stored: list[Tensor] | None = None
         # While the parameters hold the averages: those, and the raw values.
         self._swapped: tuple[list[Tensor], list[Tensor]] | None = None
 
     # ---- what it holds
+
+    @property
+    def shadow_params(self) -> list[Tensor]:
+        """The averages, in the parameters' order; in average_parameters() the parameters' own."""
+        return self._averages()
 
     def _averages(self) -> list[Tensor]:
         return self._shadow if self._swapped is None else self._swapped[0]
@@ -323,10 +328,6 @@ class ModuleFollower(_pairs.Follower):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._passing: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
-
-    def is_of_another(self, averaged: nn.Module) -> bool:
-        """Whether that is another averaged module than the one it was made for."""
-        return self._averaged is not averaged
 
     def pairs(self, model: nn.Module) -> _pairs.Pairs:
         """The pairs with this model; as Follower's.

@@ -104,11 +104,6 @@ class EMAModel(_shadow.ShadowParams):
         self.power: float = settings["power"]
 
     @property
-    def shadow_params(self) -> list[Tensor]:
-        """The averages, in the parameters' order; in average_parameters() the parameters' own."""
-        return self._averages()
-
-    @property
     def temp_stored_params(self) -> list[Tensor] | None:
         """What :meth:`store` stored; in average_parameters() the parameters' own values."""
         return self._kept()

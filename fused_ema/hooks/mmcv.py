@@ -131,12 +131,7 @@ class BaseEMAHook(_Hook):
         resume_from: str | os.PathLike[str] | None = None,
         momentum_fun: schedules.Schedule | None = None,
     ) -> None:
-        self.momentum = _checks.number(_WHERE, "momentum", momentum)
-        if not 0 < self.momentum < 1:  # False for NaN too.
-            raise ValueError(
-                f"{_TITLE}: momentum is {momentum}; it is the weight of the new value and must be "
-                "between 0 and 1 (1 - decay, where you know it as a decay)"
-            )
+        self.momentum = _checks.momentum(_WHERE, momentum)
         if momentum_fun is not None and not callable(momentum_fun):
             raise TypeError(
                 f"{_TITLE}: momentum_fun is a {type(momentum_fun).__name__}; pass a function of "

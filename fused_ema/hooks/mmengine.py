@@ -263,7 +263,7 @@ class FusedBaseAveragedModel(_BaseAveragedModel):  # type: ignore[misc]
     def _find(self, model: nn.Module) -> _Lists:
         if _models.is_model_wrapper(model):
             model = model.module  # type: ignore[assignment]
-        if self._follower is None or self._follower._averaged is not self.module:
+        if self._follower is None or self._follower.is_of_another(self.module):
             self._follower = Follower(self.module, self._named_tensors_of)
         pairs = self._follower.pairs(model)
         if self._lists is None or self._lists.pairs is not pairs:
@@ -347,12 +347,7 @@ class FusedExponentialMovingAverage(FusedBaseAveragedModel, _ExponentialMovingAv
         update_buffers: bool = False,
         **options: Any,
     ) -> None:
-        where = type(self).__name__
-        if not 0 < _checks.number(where, "momentum", momentum) < 1:  # False for NaN too.
-            raise ValueError(
-                f"fused_ema.{where}: momentum is {momentum}; it is the weight of the new value and "
-                "must be between 0 and 1 (1 - decay, where you know it as a decay)"
-            )
+        _checks.momentum(type(self).__name__, momentum)
         super().__init__(model, interval, device, update_buffers, momentum=momentum, **options)
 
     def momentum_at(self, steps: int) -> float | None:

@@ -65,11 +65,6 @@ class ExponentialMovingAverage(_shadow.ShadowParams):
         self._refs = [weakref.ref(p) for p in listed]
 
     @property
-    def shadow_params(self) -> list[Tensor]:
-        """The averages, in the parameters' order; in average_parameters() the parameters' own."""
-        return self._averages()
-
-    @property
     def collected_params(self) -> list[Tensor] | None:
         """What :meth:`store` stored; in average_parameters() the parameters' own values."""
         return self._kept()

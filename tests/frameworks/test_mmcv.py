@@ -17,6 +17,7 @@ import pytest
 import stubs
 import torch
 from nets import same
+from processes import forked
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -474,22 +475,20 @@ def child_env():
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
 
 
+def save_child(work_dir, kind, is_killed):
+    torch.save(child(work_dir, kind, is_killed), work_dir / "end.pth")
+
+
 def run_killed_and_again(work_dir, kinds):
     """In processes of their own; forked, since each would spend seconds on imports."""
-    import torch._dynamo  # By the first optimizer otherwise.
 
     for is_killed in (True, False):
         for kind in kinds:
             path = Path(work_dir) / kind
             if not is_killed:
                 shutil.copy((path / "latest.pth").resolve(), path / "copy.pth")
-            if (pid := os.fork()) == 0:
-                try:
-                    torch.save(child(path, kind, is_killed), path / "end.pth")
-                finally:
-                    os._exit((path / "end.pth").exists() - 1)
-            _, status = os.waitpid(pid, 0)
-            assert os.waitstatus_to_exitcode(status) == (-signal.SIGKILL if is_killed else 0)
+            outcome = forked(save_child, path, kind, is_killed)
+            assert outcome == ("SIGKILL" if is_killed else "None")
 
 
 def test_a_killed_run_resumes_exactly(tmp_path):

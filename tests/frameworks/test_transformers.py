@@ -7,13 +7,13 @@ import json
 import os
 import signal
 import sys
-import traceback
 
 import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from nets import assert_same, is_same, values_of
+from processes import forked
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
@@ -401,30 +401,24 @@ class Kill(TrainerCallback):
 
 
 def in_child(tmp_path, seed, *callbacks, **options):
-    """Trains in a process of its own. Returns the signal that ended it."""
-    process = os.fork()
-    if process == 0:
-        try:
-            torch.set_num_threads(1)
-            trainer, model, ema = resumable(tmp_path, torch.float32, seed, *callbacks)
-            trainer.train(**options)
-            end = {"model": model.state_dict(), "ema": ema.manager.state_dict()}
-            torch.save(end, tmp_path / "end.pt")
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(process, 0)
-    return -os.waitstatus_to_exitcode(status)
+    """Trains in a process of its own. Returns what ended it, "None" for nothing."""
+
+    def train():
+        trainer, model, ema = resumable(tmp_path, torch.float32, seed, *callbacks)
+        trainer.train(**options)
+        end = {"model": model.state_dict(), "ema": ema.manager.state_dict()}
+        torch.save(end, tmp_path / "end.pt")
+
+    return forked(train)
 
 
 @pytest.mark.parametrize("step", [1, 7])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, step):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert in_child(whole, 0) == 0
-    assert in_child(cut, 0, Kill(step)) == signal.SIGKILL
+    assert in_child(whole, 0) == "None"
+    assert in_child(cut, 0, Kill(step)) == "SIGKILL"
     assert not (cut / "end.pt").exists()
-    assert in_child(cut, 5, resume_from_checkpoint=True) == 0
+    assert in_child(cut, 5, resume_from_checkpoint=True) == "None"
     a, b = (torch.load(p / "end.pt", weights_only=True) for p in (cut, whole))
     assert_same(a["model"], b["model"])
     assert_same_state(a["ema"], b["ema"])
