@@ -21,7 +21,7 @@ endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # What pyproject.toml lists as an extra or a group, so that each version stands there alone.
 EXTRA = $(PY) -c 'import sys, tomllib; all = tomllib.load(open("pyproject.toml", "rb")); lists = all["project"]["optional-dependencies"] | all["dependency-groups"]; print(*(name for wanted in sys.argv[1:] for name in lists[wanted]), sep="\n")'
-CXX_FILES = find csrc tests/host -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/host tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: bench test test-frameworks sanitize gpu-sanitize build lint format clean
 
@@ -40,11 +40,11 @@ test-frameworks: build $(FRAMEWORKS)/.ready
 
 # The CPU kernels, and the CUDA kernels' own code on the host, under g++'s sanitizers.
 sanitize: $(READY)
-	$(PY) tests/host/sanitize.py build/sanitize
+	$(PY) tests/sanitize/sanitize.py build/sanitize
 
 # The CUDA kernels under NVIDIA's, on a machine with a GPU.
-gpu-sanitize: build
-	PYTHON=$(PY) bash tests/gpu_sanitize.sh
+gpu-sanitize: $(READY)
+	$(PY) tests/sanitize/sanitize.py build/sanitize --gpu
 
 # Building is required here: a broken compiler must not turn into a green run of the fallback.
 build: $(READY)

@@ -232,7 +232,7 @@ class NinjaBuildExt(build_ext):
         }
 
 
-if __name__ == "__main__":  # tests/host/sanitize.py reads the flags above.
+if __name__ == "__main__":  # tests/sanitize/sanitize.py reads the flags above.
     setup(
         ext_modules=[Extension("fused_ema._C", sources=[], optional=True)],
         cmdclass={"build_ext": NinjaBuildExt},

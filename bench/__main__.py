@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import cases, manager, providers, report, timer, train
+from bench import cases, launches, manager, providers, report, timer, train
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 from fused_ema.__main__ import number
@@ -339,21 +339,6 @@ def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
 # ---- command line
 
 
-def _names(known: Sequence[str], what: str) -> Callable[[str], list[str] | None]:
-    def parse(text: str) -> list[str] | None:
-        if text == "all":
-            return list(known)
-        chosen = [name.strip() for name in text.split(",")]
-        for name in chosen:
-            if name not in known:
-                raise argparse.ArgumentTypeError(
-                    f"unknown {what} {name!r}; choose from {', '.join(known)}"
-                )
-        return chosen
-
-    return parse
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options of the default command."""
     parser = argparse.ArgumentParser(
@@ -367,10 +352,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--list", action="store_true", help="show every case, op, dtype pair and provider")
-    add("--cases", type=_names(cases.names(), "case"), help="lists of tensors to run on")
-    add("--ops", type=_names(OPS, "op"), help="update, swap, copy")
-    add("--dtypes", type=_names(providers.DTYPE_PAIRS, "dtype pair"), help="as ema/param")
-    add("--providers", type=_names(providers.names(), "provider"), help="who is measured")
+    add("--cases", type=report.names(cases.names(), "case"), help="lists of tensors to run on")
+    add("--ops", type=report.names(OPS, "op"), help="update, swap, copy")
+    add("--dtypes", type=report.names(providers.DTYPE_PAIRS, "dtype pair"), help="as ema/param")
+    add("--providers", type=report.names(providers.names(), "provider"), help="who is measured")
     add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
     add("--momentum", type=number(float, 0, 1), default=DEFAULT_MOMENTUM, help="(%(default)s)")
     add("--max-elements", type=number(int, 1), help="scale larger cases down to this")
@@ -440,6 +425,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "ops": ops_main,
     "train": train.main,
     "manager": manager.main,
+    "launches": launches.main,
 }
 
 

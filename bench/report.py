@@ -1,12 +1,13 @@
 """What comes out: records, the JSON file, tables and plots; and what all commands share."""
 
+import argparse
 import importlib
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -187,6 +188,23 @@ def write_json(path: Path, facts: dict[str, Any], content: dict[str, Any]) -> No
 
 
 # ---- command line
+
+
+def names(known: Sequence[str], what: str) -> Callable[[str], list[str] | None]:
+    """An argument that takes known names, separated by commas, or 'all'."""
+
+    def parse(text: str) -> list[str] | None:
+        if text == "all":
+            return list(known)
+        chosen = [name.strip() for name in text.split(",")]
+        for name in chosen:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"unknown {what} {name!r}; choose from {', '.join(known)}"
+                )
+        return chosen
+
+    return parse
 
 
 def print_failures(failures: Sequence[str]) -> int:

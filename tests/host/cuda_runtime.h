@@ -1,10 +1,13 @@
 // Stands in for CUDA's header of this name, so that g++ compiles the files of csrc/cuda/ as they
 // are. A launch runs the kernel for one thread after the other, block after block: the kernels have
-// no barrier and share no memory between threads, so any order is right.
+// no barrier and share no memory between threads, so any order is right. The device's memory is the
+// host's.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #define __device__
 #define __global__
@@ -24,6 +27,23 @@ struct alignas(16) uint4 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::malloc(bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) {
+  std::free(memory);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -32,14 +52,15 @@ struct cudaLaunchConfig_t {
 
 inline thread_local dim3 blockIdx, threadIdx;
 
-namespace fused_ema::host {
-inline thread_local int num_launches = 0;
-}  // namespace fused_ema::host
+// Of this process. A symbol of its own for Python, and one however many files include this.
+extern "C" {
+inline int num_launches = 0;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  ++fused_ema::host::num_launches;
+  ++num_launches;
   for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < config->blockDim.x; ++threadIdx.x) kernel(arguments...);
   }

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 import fused_ema
+from bench import c_kernels
+from bench.c_kernels import FORMS
 from fused_ema.testing import (
     DTYPE_PAIRS,
     EDGE_SIZES,
@@ -38,7 +40,6 @@ SPANS_A_LAUNCH = 1019  # That fit 32,764 bytes of kernel arguments.
 # More than two launches of kernel arguments: a warp tile or less each, with empty ones among them.
 MANY_SIZES = tuple(i * 37 % 131 for i in range(2 * SPANS_A_LAUNCH + 5))
 LISTS = {"edge sizes": EDGE_SIZES, "many": MANY_SIZES, "none": (), "empty": (0, 0)}
-FORMS = ("lerp", "mul_add")
 # Elements by which ema and param start past a 64-byte boundary. Sixteen bytes are 2 to 8 elements.
 OFFSETS = ((0, 0), (1, 1), (3, 3), (8, 0), (0, 1), (1, 0), (3, 7), (5, 2))
 MOMENTA = (0.0, 2e-4, 0.25, 0.4999999, 0.5, 0.75, 1.0)
@@ -57,12 +58,12 @@ def build(folder: Path, csrc: Path = CSRC, strict: bool = True) -> Path:
     if platform.machine() in ("x86_64", "AMD64"):
         options += ["-mfma"]  # Otherwise each FMA is a call of libm: the same bits, slowly.
     sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
-    sources += [csrc / "tiles.cpp", HERE / "host.cpp"]
+    sources += [csrc / "tiles.cpp", csrc / "cuda" / "c_api.cpp"]
     folder.mkdir(parents=True, exist_ok=True)
     objects, jobs = [], []
     for source in sources:
         objects.append(str(folder / f"{source.stem}.o"))
-        command = [*compiler, *options, f"-I{HERE}", f"-I{csrc}", "-x", "c++"]
+        command = [*compiler, *options, f"-I{HERE}", "-x", "c++"]
         command += ["-c", str(source), "-o", objects[-1]]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     errors = [job.communicate()[1] for job in jobs]
@@ -77,48 +78,31 @@ def build(folder: Path, csrc: Path = CSRC, strict: bool = True) -> Path:
 
 
 @dataclass(frozen=True)
-class Operation:
-    """What is done with a list of pairs: an update of a form, a swap, or a copy to one side."""
+class Operation(c_kernels.Operation):
+    """What is done with a list of pairs; `momentum_in_memory`: by a kernel that reads it there."""
 
-    kind: str
-    form: str = "lerp"
-    momentum: float = 0.0
     momentum_in_memory: bool = False
 
 
-class HostKernels:
+class HostKernels(c_kernels.Kernels):
     """The built library."""
 
     def __init__(self, library: Path) -> None:
-        self._library = ctypes.CDLL(str(library))
+        super().__init__(library)
+        # Of the stand-in header.
+        self._num_launches = ctypes.c_int.in_dll(ctypes.CDLL(str(library)), "num_launches")
 
-    def run(
+    def do(
         self, operation: Operation, a: Sequence[Tensor], b: Sequence[Tensor], by_table: bool
     ) -> int:
         """Runs one operation on pairs of one dtype pair; returns the number of launches."""
-        count = len(a)
-        pair = DTYPE_PAIRS.index((a[0].dtype, b[0].dtype)) if count else 0
-        spans = (
-            (ctypes.c_uint64 * count)(*(t.data_ptr() for t in a)),
-            (ctypes.c_uint64 * count)(*(t.data_ptr() for t in b)),
-            (ctypes.c_int64 * count)(*(t.numel() for t in a)),
-            ctypes.c_int64(count),
-            int(by_table),
-        )
-        if operation.kind == "update":
-            launches = self._library.host_update(
-                pair,
-                FORMS.index(operation.form),
-                ctypes.c_double(operation.momentum),
-                int(operation.momentum_in_memory),
-                *spans,
-            )
-        elif operation.kind == "swap":
-            launches = self._library.host_swap(pair, *spans)
-        else:
-            launches = self._library.host_copy(pair, int(operation.kind == "copy to ema"), *spans)
-        assert launches >= 0, f"{operation}: error {-launches}"
-        return int(launches)
+        momentum = None
+        if operation.momentum_in_memory:
+            momentum = torch.tensor(operation.momentum, dtype=torch.float64)
+            operation = replace(operation, momentum=-1.0)  # Not to be read.
+        self._num_launches.value = 0
+        self.run(operation, self.prepare(a, b, by_table), device_momentum=momentum)
+        return self._num_launches.value
 
 
 # ---- checking
@@ -188,7 +172,7 @@ def check(
         wanted_lists.append(views(wanted[-1], starts, sizes))
     before = [torch.cat(tensors) if tensors else torch.empty(0) for tensors in wanted_lists]
     expect(operation, *wanted_lists)
-    launches = host.run(operation, *lists, by_table)
+    launches = host.do(operation, *lists, by_table)
     for name, got, want in zip(("ema", "param"), buffers, wanted, strict=True):
         if finite:
             assert_bits_equal(got, want, f"{name}, {where}")

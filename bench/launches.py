@@ -1,0 +1,178 @@
+"""python -m bench launches: what one call makes a GPU and its host do, by torch's profiler.
+
+For every case the kernels, copies and host synchronisations of one update, swap and copy, ours and
+torch._foreach. torch's sync debug mode is set to error meanwhile. The run fails where a plan needs
+more than its one launch, or where anything of ours copies or waits.
+"""
+
+import argparse
+import math
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench import cases, providers, report
+from bench.providers import OPS, PLAN, Call, Lists, Provider
+from fused_ema.__main__ import number
+
+MOMENTUM = 0.125
+PAIRS = ("float32/float32", "float32/bfloat16")
+SPANS_A_LAUNCH = 1019  # Of a one-shot call: what 32,764 bytes of kernel arguments hold.
+MAX_ELEMENTS = 2**30
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one call did: kernel launches, copies and fills by the runtime, waits of the host."""
+
+    kernels: int
+    copies: int
+    waits: int
+
+
+def trace(call: Call) -> Trace:
+    """Runs a call under the profiler; once before it, so that nothing is made in it."""
+    call()
+    torch.cuda.synchronize()
+    seen, idle = _count(call), _count(lambda: None)
+    return Trace(*(seen[what] - idle[what] for what in ("kernel", "copy", "wait")))
+
+
+def _count(call: Call) -> Counter[str]:
+    # On leaving the profiler waits for the device, so an idle call has a wait as well.
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+    counter: Counter[str] = Counter()
+    for event in profiled.events() or ():
+        if event.device_type == DeviceType.CUDA:
+            is_copy = event.name.startswith(("Memcpy", "Memset"))
+            counter["copy" if is_copy else "kernel"] += 1
+        elif event.name.startswith("cuda") and "Synchronize" in event.name:
+            counter["wait"] += 1
+    return counter
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """Inside of it, an operation of torch that waits for the GPU is an error."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def count(provider: Provider, lists: Lists) -> Trace:
+    """What one call of a provider does, once it is prepared."""
+    call = provider.prepare(lists, MOMENTUM)
+
+    def guarded() -> None:
+        with no_synchronisation():
+            call()
+
+    return trace(guarded)
+
+
+def wrong(provider: Provider, num_tensors: int, seen: Trace) -> str:
+    """What of a trace of ours is more than was promised; empty if nothing is."""
+    if provider.kind != "ours":
+        return ""
+    most = 1 if provider.name == PLAN else math.ceil(num_tensors / SPANS_A_LAUNCH)
+    problems = []
+    if seen.kernels != most:
+        problems.append(f"{seen.kernels} launches, expected {most}")
+    if seen.copies:
+        problems.append(f"{seen.copies} copies")
+    if seen.waits:
+        problems.append(f"the host waited {seen.waits} times")
+    return ", ".join(problems)
+
+
+def run(case_names: Sequence[str], max_elements: int) -> dict[str, Any]:
+    """Counts all; returns what the JSON file holds, without the environment."""
+    device = torch.device("cuda")
+    records: list[report.Record] = []
+    failures: list[str] = []
+    for name in case_names:
+        case = cases.load(name, max_elements)
+        for pair in PAIRS:
+            ema, param = providers.split_pair(pair)
+            lists = Lists(
+                cases.make_tensors(case, ema, device, 0, "ema"),
+                cases.make_tensors(case, param, device, 0, "param"),
+            )
+            for op in OPS:
+                for provider in providers.choose(op, pair, "cuda", None):
+                    if provider.family not in ("ours", "foreach"):
+                        continue
+                    seen = count(provider, lists)
+                    records.append(
+                        {
+                            "case": name,
+                            "op": op,
+                            "ema_dtype": pair.split("/")[0],
+                            "param_dtype": pair.split("/")[1],
+                            "num_tensors": case.num_tensors,
+                            "num_elements": case.num_elements,
+                            "provider": provider.name,
+                            **asdict(seen),
+                        }
+                    )
+                    if problem := wrong(provider, case.num_tensors, seen):
+                        failures.append(f"{provider.name}, {name} {op} {pair}: {problem}")
+    return {"failures": failures, "records": records}
+
+
+def table(content: dict[str, Any], foreach: str | None) -> report.Table:
+    """A row for each case, op and dtype pair."""
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
+    for r in content["records"]:
+        key = (r["case"], r["op"], f"{r['ema_dtype']}/{r['param_dtype']}", f"{r['num_tensors']:,}")
+        family = r["provider"] if r["provider"].startswith("fused_ema") else "foreach"
+        extra = f" + {r['copies']}" if r["copies"] else ""
+        text = f"{r['kernels']:,}{extra}" + (f", {r['waits']} waits" if r["waits"] else "")
+        known = rows.setdefault(key, {}).get(family)
+        # Of several ways of torch the one with the fewest launches.
+        if known is None or r["kernels"] < int(known.split()[0].replace(",", "")):
+            rows[key][family] = text
+    headers = ("case", "op", "ema/param", "tensors", PLAN, "fused_ema", f"foreach ({foreach})")
+    columns = (PLAN, "fused_ema", "foreach")
+    return report.Table(
+        "Kernel launches of one call (+ copies and fills by the runtime)",
+        headers,
+        tuple((*key, *(row.get(name, "") for name in columns)) for key, row in rows.items()),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Counts launches; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m bench launches",
+        description="Counts kernel launches, copies and host synchronisations of one call, on a "
+        "CUDA GPU.",
+    )
+    add = parser.add_argument
+    add("--cases", type=report.names(cases.names(), "case"), help="lists of tensors to run on")
+    add("--max-elements", type=number(int, 1), default=MAX_ELEMENTS, help="(%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU here, and only a GPU has launches to count")
+    device = torch.device("cuda")
+    with report.measuring(device) as facts, torch.no_grad():
+        content = run(args.cases or cases.names(), args.max_elements)
+    report.show(table(content, facts["foreach_arguments"]))
+    if args.json:
+        report.write_json(args.json, facts, content)
+    return report.print_failures(content["failures"])
