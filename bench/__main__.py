@@ -23,8 +23,9 @@ from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 from fused_ema.__main__ import number
 
-# What runs unasked: (op, dtype pair, cases), None for all of them.
-DEFAULT_ROWS: tuple[tuple[Op, str, tuple[str, ...] | None], ...] = (
+# What runs unasked, by device type: (op, dtype pair, cases), None for all cases.
+Row = tuple[Op, str, tuple[str, ...] | None]
+DEFAULT_ROWS: tuple[Row, ...] = (
     ("update", "float32/float32", None),
     ("update", "float32/bfloat16", ("vit_l16", "sdxl_unet", "llama3_8b", "small", "medium")),
     ("update", "bfloat16/bfloat16", ("vit_l16", "small")),
@@ -32,6 +33,17 @@ DEFAULT_ROWS: tuple[tuple[Op, str, tuple[str, ...] | None], ...] = (
     ("copy", "float32/float32", ("resnet50", "small")),
     ("copy", "float32/bfloat16", ("vit_l16",)),
 )
+# A GPU has the time, and misalignment costs other instructions in each dtype pair.
+MORE_ROWS: dict[str, tuple[Row, ...]] = {
+    "cpu": (),
+    "cuda": (
+        ("update", "float32/bfloat16", ("odd", "even", "misaligned", "single")),
+        ("update", "bfloat16/bfloat16", ("sdxl_unet", "medium", "misaligned", "single")),
+        ("swap", "float32/float32", ("vit_l16", "single")),
+        ("swap", "bfloat16/bfloat16", ("vit_l16",)),
+        ("copy", "float32/float32", ("single",)),
+    ),
+}
 # 1/8 is exact in every dtype, and far above the rounding of bf16: a provider that does nothing
 # fails its check.
 DEFAULT_MOMENTUM = 0.125
@@ -77,11 +89,15 @@ class Outcome:
 
 
 def plan_jobs(
-    case_names: Sequence[str] | None, ops: Sequence[Op] | None, pairs: Sequence[str] | None
+    case_names: Sequence[str] | None,
+    ops: Sequence[Op] | None,
+    pairs: Sequence[str] | None,
+    device_type: str,
 ) -> list[Job]:
     """The jobs of a run, those on the same tensors together.
 
-    Without ops and pairs a case gets its rows of DEFAULT_ROWS; with either, every combination.
+    Without ops and pairs a case gets its rows of DEFAULT_ROWS and MORE_ROWS; with either, every
+    combination.
     """
     chosen = case_names or cases.names()
     if ops or pairs:
@@ -90,7 +106,7 @@ def plan_jobs(
     jobs = [
         Job(case, pair, op)
         for case in chosen
-        for op, pair, row_cases in DEFAULT_ROWS
+        for op, pair, row_cases in (*DEFAULT_ROWS, *MORE_ROWS[device_type])
         if row_cases is None or case in row_cases
     ]
     # By dtype pair first: a slow machine that runs out of time has then seen every case.
@@ -171,14 +187,15 @@ def run_job(
     device = settings.device
     for provider in providers.choose(job.op, job.pair, device.type, settings.providers):
         where = f"{provider.name} on {case.name} {job.op} {job.pair}"
-        if reason := provider.why_not(case.num_tensors):
+        if reason := provider.why_not(device.type):
             outcome.left_out[f"{provider.name}: {reason}"] = None
             continue
         try:
-            own, wrong = prepare_checked(provider, sets, settings.momentum)
+            with timer.limit(provider.limit_s):
+                own, wrong = prepare_checked(provider, sets, settings.momentum)
         except Exception as error:  # A package of any version may fail in any way.
             message = (str(error) or type(error).__name__).splitlines()[0]
-            if provider.kind == "torch":
+            if provider.kind in ("torch", "triton"):
                 outcome.left_out[f"{where}: {message}"] = None
             else:
                 outcome.failures.append(f"{where}: {message}")
@@ -192,43 +209,53 @@ def run_job(
         return outcome
 
     left = max(0.0, seconds - (time.perf_counter() - start))
-    host_s = _host_times(job, case, chosen, calls, 0.15 * left, settings)
+    host_s = _medians(*_host_calls(job, case, chosen, calls, settings), 0.15 * left, settings)
+    wall_s: dict[str, float] = {}
+    clock: timer.Clock = timer.CpuClock()
+    if device.type == "cuda":
+        wall_s = _medians(calls, timer.WallClock(), 0.1 * left, settings)
+        clock = timer.CudaClock()
     hot = not cold or sum(_num_bytes(lists) for lists in sets[:1]) < timer.HOT_BYTES
-    clock = timer.CudaClock() if device.type == "cuda" else timer.CpuClock()
     for cache in ["cold"] * cold + ["hot"] * hot:
         timings = timer.interleave(
             calls if cache == "cold" else {name: own[:1] for name, own in calls.items()},
             clock,
-            seconds=0.85 * left / (cold + hot),
+            seconds=0.75 * left / (cold + hot),
             rounds=settings.rounds,
             hot=cache == "hot",
             host_s=host_s,
         )
-        rows = [(chosen[name], timing, host_s.get(name)) for name, timing in timings.items()]
+        rows = [
+            report.Measured(chosen[name], timing, host_s.get(name), wall_s.get(name))
+            for name, timing in timings.items()
+        ]
         outcome.records += report.make_records(case, job.op, job.pair, cache, device, rows)
     return outcome
 
 
-def _host_times(
+def _host_calls(
     job: Job,
     case: Case,
     chosen: dict[str, Provider],
     calls: dict[str, list[Call]],
-    seconds: float,
     settings: Settings,
-) -> dict[str, float]:
-    clock: timer.Clock
+) -> tuple[dict[str, list[Call]], timer.Clock]:
+    """What to time for the host's share of a call, and with which clock."""
     if settings.device.type == "cuda":
-        clock = timer.HostClock()
-    else:
-        clock = timer.CpuClock()
-        ema, param = providers.split_pair(job.pair)
-        lists = timer.one_element_lists(case.num_tensors, ema, param, settings.device)
-        calls = {
-            name: [provider.prepare(provider.target(lists), settings.momentum)]
-            for name, provider in chosen.items()
-            if provider.family != "compile"  # Other shapes would be compiled anew, for minutes.
-        }
+        return calls, timer.HostClock()
+    ema, param = providers.split_pair(job.pair)
+    lists = timer.one_element_lists(case.num_tensors, ema, param, settings.device)
+    small = {
+        name: [provider.prepare(provider.target(lists), settings.momentum)]
+        for name, provider in chosen.items()
+        if provider.family != "compile"  # Other shapes would be compiled anew, for minutes.
+    }
+    return small, timer.CpuClock()
+
+
+def _medians(
+    calls: dict[str, list[Call]], clock: timer.Clock, seconds: float, settings: Settings
+) -> dict[str, float]:
     if not calls:
         return {}
     timings = timer.interleave(calls, clock, seconds=seconds, rounds=settings.rounds)
@@ -393,7 +420,7 @@ def ops_main(argv: Sequence[str]) -> int:
         providers=args.providers,
     )
     with report.measuring(device) as facts, torch.no_grad():
-        outcome = run(plan_jobs(args.cases, args.ops, args.dtypes), settings)
+        outcome = run(plan_jobs(args.cases, args.ops, args.dtypes, args.device), settings)
 
     for table in [*report.tables(outcome.records), report.summary(outcome.records)]:
         report.show(table)
@@ -416,7 +443,9 @@ def _list() -> None:
     print(f"op        {', '.join(OPS)}")
     print(f"dtypes    {', '.join(providers.DTYPE_PAIRS)}")
     for provider in providers.PROVIDERS:
-        absent = f" (absent: {reason})" if (reason := provider.why_not(0)) else ""
+        absent = ""
+        if reason := provider.why_not(provider.devices[0]):
+            absent = f" (absent: {reason})"
         print(f"provider  {provider.name:24} {provider.op:7} {provider.kind}{absent}")
 
 

@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 _DATA = Path(__file__).parent / "data"
+_NUM_VALUES = 2**20
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ def single(num_elements: int = 2**26) -> Case:
     return Case("single", "one tensor", ((num_elements,),))
 
 
-def _small() -> Case:
-    return Case("small", "10,000 x 64", ((64,),) * 10_000)
+def _small(name: str, num_tensors: int) -> Case:
+    return Case(name, f"{num_tensors:,} x 64", ((64,),) * num_tensors)
 
 
 def _medium() -> Case:
@@ -130,6 +132,12 @@ def _odd() -> Case:
     return Case("odd", "odd sizes", shapes)
 
 
+def _even() -> Case:
+    # What the odd sizes are measured against: the same walk, in whole vectors of every dtype.
+    shapes = tuple((-(-size // 64) * 64,) for (size,) in _odd().shapes)
+    return Case("even", "odd sizes, rounded up to 64", shapes)
+
+
 def _misaligned() -> Case:
     shapes = _medium().shapes
     offsets = tuple((1, 3, 5, 7)[i % 4] for i in range(len(shapes)))
@@ -137,9 +145,12 @@ def _misaligned() -> Case:
 
 
 _SYNTHETIC: dict[str, Callable[[], Case]] = {
-    "small": _small,
+    "small_500": partial(_small, "small_500", 500),
+    "small_5000": partial(_small, "small_5000", 5_000),
+    "small": partial(_small, "small", 10_000),
     "medium": _medium,
     "odd": _odd,
+    "even": _even,
     "misaligned": _misaligned,
     "single": single,
 }
@@ -242,13 +253,18 @@ def make_tensors(
     if which not in ("ema", "param"):
         raise ValueError(f"which must be 'ema' or 'param', got {which!r}")
     generator = torch.Generator(device=device).manual_seed(2 * seed + (which == "param"))
-    # 2^20 values repeat through the whole list: drawing 1e9 of them would take longer than the
+    # So many values repeat through the whole list: drawing 1e9 of them would take longer than the
     # measurement, and the speed of the ops doesn't depend on them.
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
-    block = torch.randn(2**20, generator=generator, device=device, dtype=drawn)
+    block = torch.randn(_NUM_VALUES, generator=generator, device=device, dtype=drawn)
     block = block.mul_(0.02).to(dtype)
+    block = torch.cat(
+        [block, block]
+    )  # So that a piece from anywhere in the first half is one view.
 
     tensors = []
+    pieces: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     position = 0  # Carried from tensor to tensor, so that neighbours differ.
     for i, shape in enumerate(case.shapes):
         offset = 0 if case.offsets is None else case.offsets[i]
@@ -263,9 +279,14 @@ def make_tensors(
         else:
             # No view, as a model's parameters are none: views are slower to ask about.
             tensor = torch.empty(shape, dtype=dtype, device=device)
-        _fill(tensor.view(-1), block, position)
-        position = (position + num_elements) % block.numel()
+        for piece in tensor.view(-1).split(_NUM_VALUES):
+            pieces.append(piece)
+            values.append(block[position : position + piece.numel()])
+            position = (position + piece.numel()) % _NUM_VALUES
         tensors.append(tensor)
+    # One call: one by one, the 800,000 small tensors of a cold rotation would take a GPU's host
+    # longer than the measurement.
+    torch._foreach_copy_(pieces, values)
     return tensors
 
 
@@ -292,13 +313,3 @@ def _spread(sizes: Sequence[int], budget: int) -> list[int]:
         if sum(sizes[i] for i in kept) <= budget:
             return sorted(kept)
     return by_size[:1]
-
-
-def _fill(flat: torch.Tensor, block: torch.Tensor, position: int) -> None:
-    """Copies the block, repeated from `position` on, over all of `flat`."""
-    start = 0
-    while start < flat.numel():
-        count = min(block.numel() - position, flat.numel() - start)
-        flat[start : start + count].copy_(block[position : position + count])
-        start += count
-        position = (position + count) % block.numel()

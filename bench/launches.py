@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench import cases, providers, report
@@ -52,7 +51,7 @@ def _count(call: Call) -> Counter[str]:
         call()
     counter: Counter[str] = Counter()
     for event in profiled.events() or ():
-        if event.device_type == DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             is_copy = event.name.startswith(("Memcpy", "Memset"))
             counter["copy" if is_copy else "kernel"] += 1
         elif event.name.startswith("cuda") and "Synchronize" in event.name:

@@ -24,11 +24,14 @@ Call = Callable[[], object]
 OPS: tuple[Op, ...] = ("update", "swap", "copy")
 DTYPE_PAIRS = tuple("/".join(map(testing.dtype_name, pair)) for pair in testing.DTYPE_PAIRS)
 PLAN = "fused_ema plan"
+CAPTURED = "fused_ema plan captured"
+TRITON = "triton"
+COMPILED = "compile foreach lerp_"
 OWN_COPY = "own copy"
 
 # torch.compile unrolls the list into one graph; a thousand tensors take it minutes (140 to 180 s
-# for Adam in pytorch PR 112440). This many keep ResNet-50 in.
-_COMPILE_MAX_TENSORS = 300
+# for Adam in pytorch PR 112440).
+COMPILE_LIMIT_S = 120.0
 
 
 def split_pair(pair: str) -> tuple[torch.dtype, torch.dtype]:
@@ -80,14 +83,15 @@ class Provider:
 
     Attributes:
         name: What records and `--providers` call it. A name may have a row for each op.
-        family: "ours", "naive" (a loop over tensors), "foreach", "compile", "package", or "limit":
-            a yardstick that works on one flat pair, no competitor.
+        family: "ours", "naive" (a loop over tensors), "foreach", "compile", "triton", "package", or
+            "limit": a yardstick that works on one flat pair, no competitor.
         op: What it does.
         prepare: Takes the tensors and the momentum, returns the call that does the op once.
         pairs: Which dtype pairs it serves: "any", "same" (both dtypes equal) or "mixed".
         module: What must be importable.
-        max_tensors: Longer lists are left out.
-        devices: The device types it runs on without being asked for by name.
+        limit_s: How long its first call may take; None for as long as it does.
+        devices: The device types it runs on.
+        only_if_named: It doesn't run without being asked for by name.
         beside: The ops it is shown beside, where that is not `op` alone.
     """
 
@@ -97,14 +101,15 @@ class Provider:
     prepare: Callable[[Lists, float], Call]
     pairs: Literal["any", "same", "mixed"] = "any"
     module: str | None = None
-    max_tensors: int | None = None
+    limit_s: float | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    only_if_named: bool = False
     beside: tuple[Op, ...] = ()
 
     @property
     def kind(self) -> str:
-        """ours, torch or limit, as the records say it."""
-        return self.family if self.family in ("ours", "limit") else "torch"
+        """ours, torch, triton or limit, as the records say it."""
+        return self.family if self.family in ("ours", "triton", "limit") else "torch"
 
     def serves(self, op: Op, pair: str) -> bool:
         """Whether it belongs beside the others of that op and dtype pair."""
@@ -112,13 +117,11 @@ class Provider:
         fits = self.pairs == "any" or (self.pairs == "same") == (ema == param)
         return fits and op in (self.beside or (self.op,))
 
-    def why_not(self, num_tensors: int) -> str:
-        """Why it can't run on a list of that length here; empty if it can."""
-        if self.module and (reason := _import_error(self.module)):
-            return reason
-        if self.max_tensors is not None and num_tensors > self.max_tensors:
-            return f"takes too long to compile above {self.max_tensors} tensors"
-        return ""
+    def why_not(self, device_type: str) -> str:
+        """Why it can't run here on such a device; empty if it can."""
+        if device_type not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        return _import_error(self.module) if self.module else ""
 
     def target(self, lists: Lists) -> Lists:
         """The tensors it works on."""
@@ -197,6 +200,35 @@ def _foreach_cast_lerp(lists: Lists, momentum: float) -> Call:
         torch._foreach_copy_(cast, lists.params)
         torch._foreach_lerp_(lists.ema, cast, momentum)
 
+    return call
+
+
+def _captured(call_of: Callable[[Lists, float], Call]) -> Callable[[Lists, float], Call]:
+    """The replay of a CUDA graph of that call."""
+
+    def prepare(lists: Lists, momentum: float) -> Call:
+        call = call_of(lists, momentum)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        # A graph knows nothing of the memory it works on, so the call must keep it.
+        return partial(_replay, graph, call)
+
+    return prepare
+
+
+def _replay(graph: torch.cuda.CUDAGraph, kept: Call) -> None:
+    graph.replay()
+
+
+def _plan_update_from_memory(lists: Lists, momentum: float) -> Call:
+    held = torch.tensor(momentum, dtype=torch.float64, device=lists.ema[0].device)
+    return partial(fused_ema.Plan(lists.ema, lists.params).update, held)
+
+
+def _triton_update(lists: Lists, momentum: float) -> Call:
+    triton_ema = importlib.import_module("bench.triton_ema")
+    call: Call = triton_ema.prepare(lists.ema, lists.params, momentum)
     return call
 
 
@@ -300,6 +332,7 @@ def _foreach_copy(lists: Lists, momentum: float) -> Call:
 PROVIDERS: tuple[Provider, ...] = (
     Provider(PLAN, "ours", "update", _plan_update),
     Provider("fused_ema", "ours", "update", _one_shot_update),
+    Provider(CAPTURED, "ours", "update", _captured(_plan_update_from_memory), devices=("cuda",)),
     Provider("naive mul_ add_", "naive", "update", _naive_mul_add),
     Provider("naive lerp_", "naive", "update", _naive_lerp, "same"),
     Provider("naive cast lerp_", "naive", "update", _naive_cast_lerp, "mixed"),
@@ -307,14 +340,23 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("foreach lerp_", "foreach", "update", _foreach_lerp, "same"),
     Provider("foreach cast lerp_", "foreach", "update", _foreach_cast_lerp, "mixed"),
     Provider(
-        "compile foreach lerp_",
+        "foreach lerp_ captured",
+        "foreach",
+        "update",
+        _captured(_foreach_lerp),
+        "same",
+        devices=("cuda",),
+    ),
+    Provider(
+        COMPILED,
         "compile",
         "update",
         _compile_foreach_lerp,
         "same",
-        max_tensors=_COMPILE_MAX_TENSORS,
-        devices=("cuda",),  # On a CPU it calls the C++ compiler, for minutes.
+        limit_s=COMPILE_LIMIT_S,
+        only_if_named=True,
     ),
+    Provider(TRITON, "triton", "update", _triton_update, module="triton", devices=("cuda",)),
     Provider("swa_utils AveragedModel", "package", "update", _averaged_model, "same"),
     Provider(
         "timm ModelEmaV3", "package", "update", _timm_model_ema, module="timm.utils.model_ema"
@@ -353,6 +395,6 @@ def choose(op: Op, pair: str, device_type: str, wanted: list[str] | None) -> lis
         and (
             provider.name in wanted or provider.name == OWN_COPY
             if wanted
-            else device_type in provider.devices
+            else device_type in provider.devices and not provider.only_if_named
         )
     ]

@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -34,15 +35,24 @@ _PLOTTED_PAIRS = ("float32/float32", "float32/bfloat16")
 # ---- records
 
 
+class Measured(NamedTuple):
+    """A provider and what it took, in seconds: on the device, on the host, and both until done."""
+
+    provider: Provider
+    timing: Timing
+    host_s: float | None
+    wall_s: float | None
+
+
 def make_records(
     case: Case,
     op: str,
     pair: str,
     cache: str,
     device: torch.device,
-    timings: Sequence[tuple[Provider, Timing, float | None]],
+    measured: Sequence[Measured],
 ) -> list[Record]:
-    """One record a provider of one table, from (provider, timing, host time in seconds)."""
+    """One record a provider of one table."""
     ema_dtype, param_dtype = pair.split("/")
     shared = {
         "case": case.name,
@@ -63,7 +73,7 @@ def make_records(
         "foreach_arguments": foreach_arguments(device),
     }
     records: list[Record] = []
-    for provider, timing, host_s in timings:
+    for provider, timing, host_s, wall_s in measured:
         num_bytes = provider.bytes_moved(pair, case.num_elements)
         records.append(
             {
@@ -78,6 +88,7 @@ def make_records(
                 "rounds": timing.rounds,
                 "gb_per_s": num_bytes / timing.median / 1e9,
                 "host_us": None if host_s is None else host_s * 1e6,
+                "wall_us": None if wall_s is None else wall_s * 1e6,
             }
         )
     copy = next((r["gb_per_s"] for r in records if r["provider"] == OWN_COPY), None)
@@ -134,7 +145,26 @@ def environment(device: torch.device) -> dict[str, Any]:
         facts["device_memory_bytes"] = properties.total_memory
         facts["multiprocessors"] = properties.multi_processor_count
         facts["capability"] = f"{properties.major}.{properties.minor}"
+        facts["l2_bytes"] = properties.L2_cache_size
+        facts["nvidia_smi"] = nvidia_smi(device)
     return facts
+
+
+def nvidia_smi(device: torch.device) -> dict[str, str]:
+    """Driver, power and clocks of a GPU, as the driver's own tool tells them; empty without it."""
+    names = "uuid,name,driver_version,power.limit,clocks.max.sm,clocks.max.mem,ecc.mode.current"
+    command = ["nvidia-smi", f"--query-gpu={names}", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    gpus = [[value.strip() for value in line.split(",")] for line in told.stdout.splitlines()]
+    own = [values for values in gpus if values[0].endswith(uuid)] or (
+        gpus if len(gpus) == 1 else []
+    )
+    # An identity is nobody's business.
+    return dict(list(zip(names.split(","), own[0], strict=False))[1:]) if own else {}
 
 
 def others_cpu_s() -> float:

@@ -11,6 +11,8 @@ import gc
 import math
 import random
 import re
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -186,6 +188,19 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
+class WallClock:
+    """Times a GPU's calls from an empty queue until the GPU is done: host and device together."""
+
+    def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
+        """Seconds a call, over all of `calls`."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in calls:
+            call()
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / len(calls)
+
+
 class HostClock:
     """Times how long a GPU's calls keep the host, each with an empty queue ahead of it."""
 
@@ -201,7 +216,29 @@ class HostClock:
         return total / len(calls)
 
 
-Clock = CpuClock | CudaClock | HostClock
+Clock = CpuClock | CudaClock | HostClock | WallClock
+
+# ---- limits
+
+
+@contextmanager
+def limit(seconds: float | None) -> Iterator[None]:
+    """Raises TimeoutError inside of the `with` when the time is up; in the main thread only."""
+    if seconds is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutError(f"it took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
 
 # ---- timing
 

@@ -25,7 +25,7 @@ RECORD_FIELDS = {
     *("case", "op", "device", "device_name", "ema_dtype", "param_dtype", "provider"),
     *("num_tensors", "num_elements", "bytes", "ms", "ms_p10", "ms_p90", "gb_per_s", "host_us"),
     *("fraction_of_copy", "torch_version", "torch_cuda", "cache", "kind", "note", "rounds"),
-    *("num_threads", "fused_ema_version", "foreach_arguments"),
+    *("num_threads", "fused_ema_version", "foreach_arguments", "wall_us"),
 }
 TINY = ["--cases", "odd", "--max-elements", "5000", "--rounds", "2", "--device", "cpu"]
 
@@ -74,7 +74,7 @@ def test_bytes_of_a_limit_count_its_flat_pair():
     [
         pytest.param(provider, pair, id=f"{provider.name}-{provider.op}-{pair}")
         for provider in PROVIDERS
-        if "cpu" in provider.devices and not provider.why_not(5)
+        if not provider.only_if_named and not provider.why_not("cpu")
         for pair in DTYPE_PAIRS
         if provider.serves(provider.op, pair)
     ],
@@ -106,9 +106,14 @@ def test_every_pair_has_a_naive_and_a_foreach_way(pair):
         assert {"ours", "naive", "foreach", "limit"} <= families
 
 
+def test_a_provider_of_another_device_says_so():
+    captured = next(p for p in PROVIDERS if p.name == providers.CAPTURED)
+    assert captured.why_not("cpu") == "runs on cuda only"
+
+
 def test_absent_package_is_named():
     provider = replace(PROVIDERS[0], module="no_such_package.ema")
-    assert provider.why_not(1) == "no_such_package is not installed"
+    assert provider.why_not("cpu") == "no_such_package is not installed"
 
 
 # ---- timer
@@ -259,7 +264,7 @@ def test_records_are_complete_and_consistent(whole_run):
         assert r["host_us"] > 0
         copy = copies[r["op"], r["ema_dtype"], r["param_dtype"], r["cache"]]
         assert r["fraction_of_copy"] == pytest.approx(r["gb_per_s"] / copy)
-        assert r["kind"] in ("ours", "torch", "limit")
+        assert r["kind"] in ("ours", "torch", "triton", "limit")
         assert r["foreach_arguments"] is None
 
 
@@ -340,8 +345,10 @@ def test_module_runs_as_a_command():
         assert name in done.stdout
 
 
-def test_default_jobs_update_every_case_and_reach_every_op():
-    jobs = cli.plan_jobs(None, None, None)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_default_jobs_update_every_case_and_reach_every_op(device_type):
+    jobs = cli.plan_jobs(None, None, None, device_type)
+    assert len(set(jobs)) == len(jobs)
     updated = {job.case for job in jobs if job.op == "update" and job.pair == "float32/float32"}
     assert updated == set(cases.names())
     assert {job.op for job in jobs} == set(providers.OPS)
@@ -356,8 +363,8 @@ def test_jobs_that_find_no_time_are_left_out_by_name(capsys):
 
 
 def test_jobs_with_ops_or_dtypes_are_every_combination():
-    assert cli.plan_jobs(["odd"], ["swap"], None) == [("odd", "float32/float32", "swap")]
-    assert len(cli.plan_jobs(None, list(providers.OPS), list(DTYPE_PAIRS))) == (
+    assert cli.plan_jobs(["odd"], ["swap"], None, "cpu") == [("odd", "float32/float32", "swap")]
+    assert len(cli.plan_jobs(None, list(providers.OPS), list(DTYPE_PAIRS), "cpu")) == (
         len(cases.names()) * 3 * len(DTYPE_PAIRS)
     )
 

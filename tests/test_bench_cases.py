@@ -28,7 +28,8 @@ LAYERS = {
 
 
 def test_names():
-    assert cases.names() == (*MODELS, "small", "medium", "odd", "misaligned", "single")
+    lists = ("small_500", "small_5000", "small", "medium", "odd", "even", "misaligned", "single")
+    assert cases.names() == (*MODELS, *lists)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -63,9 +64,12 @@ def test_batch_norm_counters_are_left_out():
 @pytest.mark.parametrize(
     ("name", "num_tensors", "num_elements"),
     [
+        ("small_500", 500, 32_000),
+        ("small_5000", 5_000, 320_000),
         ("small", 10_000, 640_000),
         ("medium", 2_000, 8_192_000),
         ("odd", 400, 30_707_372),
+        ("even", 400, 30_722_432),
         ("misaligned", 2_000, 8_192_000),
         ("single", 1, 2**26),
     ],
@@ -82,6 +86,13 @@ def test_odd_sizes_are_odd_and_reach_from_1_to_a_million():
     assert (min(sizes), max(sizes)) == (1, 2**20 + 1)
     # Mixed: no long run of growing sizes, as sorted ones would be.
     assert sizes[:4] == [1, 177, 31375, 5]
+
+
+def test_even_sizes_are_the_odd_ones_in_whole_vectors():
+    odd, even = (
+        [math.prod(shape) for shape in cases.load(name).shapes] for name in ("odd", "even")
+    )
+    assert all(e % 64 == 0 and 0 <= e - o < 64 for o, e in zip(odd, even, strict=True))
 
 
 def _layers(name, tensors):
