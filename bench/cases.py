@@ -279,7 +279,7 @@ def make_tensors(
         else:
             # No view, as a model's parameters are none: views are slower to ask about.
             tensor = torch.empty(shape, dtype=dtype, device=device)
-        for piece in tensor.view(-1).split(_NUM_VALUES):
+        for piece in torch.split(tensor.view(-1), _NUM_VALUES):
             pieces.append(piece)
             values.append(block[position : position + piece.numel()])
             position = (position + piece.numel()) % _NUM_VALUES
