@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import cases, launches, manager, providers, report, timer, train
+from bench import cases, launches, manager, providers, report, step, timer, train
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 from fused_ema.__main__ import number
@@ -455,6 +455,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train.main,
     "manager": manager.main,
     "launches": launches.main,
+    "step": step.main,
 }
 
 

@@ -203,27 +203,36 @@ def _foreach_cast_lerp(lists: Lists, momentum: float) -> Call:
     return call
 
 
-def _captured(call_of: Callable[[Lists, float], Call]) -> Callable[[Lists, float], Call]:
-    """The replay of a CUDA graph of that call."""
+def captured(call: Call, warm_up_calls: int = 0) -> Call:
+    """The replay of a CUDA graph of that call.
 
-    def prepare(lists: Lists, momentum: float) -> Call:
-        call = call_of(lists, momentum)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+    Args:
+        call: Kept for as long as the result, since a graph knows nothing of the memory it works on.
+        warm_up_calls: Made before, on a stream of their own, as torch asks for.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up_calls):
             call()
-        # A graph knows nothing of the memory it works on, so the call must keep it.
-        return partial(_replay, graph, call)
-
-    return prepare
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return partial(_replay, graph, call)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, kept: Call) -> None:
     graph.replay()
 
 
-def _plan_update_from_memory(lists: Lists, momentum: float) -> Call:
+def _captured_plan_update(lists: Lists, momentum: float) -> Call:
     held = torch.tensor(momentum, dtype=torch.float64, device=lists.ema[0].device)
-    return partial(fused_ema.Plan(lists.ema, lists.params).update, held)
+    return captured(partial(fused_ema.Plan(lists.ema, lists.params).update, held))
+
+
+def _captured_foreach_lerp(lists: Lists, momentum: float) -> Call:
+    return captured(_foreach_lerp(lists, momentum))
 
 
 def _triton_update(lists: Lists, momentum: float) -> Call:
@@ -332,7 +341,7 @@ def _foreach_copy(lists: Lists, momentum: float) -> Call:
 PROVIDERS: tuple[Provider, ...] = (
     Provider(PLAN, "ours", "update", _plan_update),
     Provider("fused_ema", "ours", "update", _one_shot_update),
-    Provider(CAPTURED, "ours", "update", _captured(_plan_update_from_memory), devices=("cuda",)),
+    Provider(CAPTURED, "ours", "update", _captured_plan_update, devices=("cuda",)),
     Provider("naive mul_ add_", "naive", "update", _naive_mul_add),
     Provider("naive lerp_", "naive", "update", _naive_lerp, "same"),
     Provider("naive cast lerp_", "naive", "update", _naive_cast_lerp, "mixed"),
@@ -343,7 +352,7 @@ PROVIDERS: tuple[Provider, ...] = (
         "foreach lerp_ captured",
         "foreach",
         "update",
-        _captured(_foreach_lerp),
+        _captured_foreach_lerp,
         "same",
         devices=("cuda",),
     ),

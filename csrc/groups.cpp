@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <mutex>
 
 #include "fallback.h"
 #include "parallel.h"
@@ -114,6 +115,37 @@ void run_on_cpu(const Group& group, const Operation& operation) {
 }
 
 #ifdef FUSED_EMA_WITH_CUDA
+
+// Tables that graphs have replayed from. Freeing device memory may call CUDA, which the thread that
+// tells of a graph's end must not; so the next plan that is made frees them.
+struct FormerTables {
+  std::mutex mutex;
+  Tensors tables;
+
+  static FormerTables& all() {
+    static auto* const it = new FormerTables;  // never deleted: graphs may live until the very end
+    return *it;
+  }
+  void free() {
+    Tensors freed;
+    const std::lock_guard<std::mutex> lock(mutex);
+    freed.swap(tables);
+  }
+};
+
+// A graph goes on reading the table that it was captured with, whatever becomes of the plan.
+void keep_table_with_graph(const at::Tensor& table, cuda::Stream stream) {
+  const cuda::Status status = cuda::keep_with_graph(stream, new at::Tensor(table), [](void* kept) {
+    auto* const tensor = static_cast<at::Tensor*>(kept);
+    FormerTables& former = FormerTables::all();
+    const std::lock_guard<std::mutex> lock(former.mutex);
+    former.tables.push_back(std::move(*tensor));
+    delete tensor;
+  });
+  TORCH_CHECK(status == 0, "fused_ema: a plan's table can't be kept for the CUDA graph: ",
+              cuda::status_text(status));
+}
+
 void run_on_cuda(Group& group, const Operation& operation) {
   using Kind = Operation::Kind;
   const c10::DeviceGuard guard(group.device);
@@ -125,7 +157,9 @@ void run_on_cuda(Group& group, const Operation& operation) {
     work.num_warp_tiles = static_cast<uint32_t>(group.num_warp_tiles);
     // The allocator must not hand the table to another tensor while this stream reads it.
     if (stream != *group.table_stream) group.table.record_stream(stream);
-    group.captured = group.captured || cuda::is_capturing(stream.native_handle());
+    if (cuda::is_capturing(stream.native_handle())) {
+      keep_table_with_graph(group.table, stream.native_handle());
+    }
   } else {
     work.spans = group.spans.spans.data();
     work.num_spans = static_cast<int64_t>(group.spans.spans.size());
@@ -231,6 +265,9 @@ Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b,
 }
 
 void upload_tables(Groups& groups, bool wait) {
+#ifdef FUSED_EMA_WITH_CUDA
+  FormerTables::all().free();
+#endif
   for (Group& group : groups.groups) {
     if (!group.device.is_cuda()) continue;
     const TileTable table = make_tile_table(tile_shape(group.pair), group.spans.spans);

@@ -35,7 +35,6 @@ struct Group {
   int64_t num_block_tiles = 0;
   int64_t num_warp_tiles = 0;
   std::optional<c10::Stream> table_stream = std::nullopt;
-  bool captured = false;  // a CUDA graph replays from this table
 };
 
 struct Groups {

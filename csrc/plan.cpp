@@ -85,13 +85,6 @@ void Plan::refresh() {
       geometry.insert(geometry.end(), tensor->strides().begin(), tensor->strides().end());
     }
   }
-  // A captured graph goes on reading the table, and writing the addresses, that it was captured
-  // with, as it does for torch's own operations; the table must stay what it was.
-  if (state_) {
-    for (const Group& group : state_->groups.groups) {
-      if (group.captured) captured_tables_.push_back(group.table);
-    }
-  }
   state_ = std::move(state);
   ++num_refreshes_;
 }

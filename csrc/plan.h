@@ -79,7 +79,6 @@ class Plan {
   Tensors params_;
   std::vector<std::string> names_;
   std::unique_ptr<State> state_;
-  Tensors captured_tables_;
   int64_t num_refreshes_ = -1;  // the first making is none
   int64_t num_runs_ = 0;
   mutable std::mutex mutex_;  // two Python threads may run one plan; never wait for it with the GIL

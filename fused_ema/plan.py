@@ -24,8 +24,8 @@ class Plan:
     another thread is inside a call is a race, as it is with torch's own functions.
 
     Making a plan, or making it anew, is not possible while a CUDA graph is being captured; running
-    it is. Such a graph replays from the plan's table with the addresses of the capture, as it does
-    for any operation of torch: keep the plan for as long as the graph.
+    it is. Such a graph replays with the addresses of the capture, as it does for any operation of
+    torch: keep the tensors for as long as the graph. The plan's table it keeps by itself.
 
     Args:
         ema: The averages. A list or tuple of tensors; any dense layout. A pair whose strides differ

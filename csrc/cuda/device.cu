@@ -23,6 +23,29 @@ bool is_capturing(Stream stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
+Status keep_with_graph(Stream stream, void* object, void (*release)(void*)) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  cudaGraph_t graph = nullptr;
+#if CUDART_VERSION >= 13000
+  cudaError_t status = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &capture,
+                                                nullptr, &graph, nullptr, nullptr, nullptr);
+#else
+  cudaError_t status = cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &capture,
+                                                nullptr, &graph, nullptr, nullptr);
+#endif
+  cudaUserObject_t kept = nullptr;
+  if (status == cudaSuccess) {
+    status = cudaUserObjectCreate(&kept, object, release, 1, cudaUserObjectNoDestructorSync);
+  }
+  if (status != cudaSuccess) {
+    release(object);
+    return status;
+  }
+  status = cudaGraphRetainUserObject(graph, kept, 1, cudaGraphUserObjectMove);
+  if (status != cudaSuccess) cudaUserObjectRelease(kept, 1);
+  return status;
+}
+
 bool serves_device(int device) {
   int major = 0;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {

@@ -38,6 +38,9 @@ Status launch_swap(DtypePair pair, const Work& work, Stream stream);
 Status launch_copy(DtypePair pair, bool to_a, const Work& work, Stream stream);
 
 bool is_capturing(Stream stream);
+// Calls release(object) when the graph that the stream is being captured into, and all that is made
+// from that, are gone; or at once where this fails. Maybe on a thread that must not call CUDA.
+Status keep_with_graph(Stream stream, void* object, void (*release)(void*));
 // Whether the kernels in this build run on that device.
 bool serves_device(int device);
 // "80 90 100": the architectures of this build.
