@@ -311,7 +311,12 @@ void run(Groups& groups, const Operation& operation) {
 #ifdef FUSED_EMA_WITH_CUDA
     if (group.device.is_cuda()) {
       run_on_cuda(group, operation);
-      bump_written(group, operation, 0, 1, 1);
+      const auto most = std::max(group.versions_a.size(), group.versions_b.size());
+      const auto total = static_cast<int64_t>(most);
+      // By the threads that have just read the tensors, so that they lie in their caches.
+      parallel_chunks(total, kTensorsAChunk, [&](int64_t begin, int64_t end) {
+        bump_written(group, operation, begin, end, total);
+      });
       continue;
     }
 #endif

@@ -120,7 +120,7 @@ bool Plan::is_stale() const {
   const std::vector<Seen>& seen = state_->seen;
   std::atomic<bool> stale{false};
   const auto size = static_cast<int64_t>(seen.size());
-  parallel_chunks(size, 1024, [&](int64_t begin, int64_t end) {
+  parallel_chunks(size, kTensorsAChunk, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kTensorsAhead < end) {
         prefetch_tensor_but_sizes(seen[i + kTensorsAhead].tensor);

@@ -57,4 +57,8 @@ inline void prefetch_memory(const c10::StorageImpl* storage) {
 // so they are fetched at half the distance.
 constexpr int64_t kTensorsAhead = 32;
 
+// What a thread takes of a walk at once. Shorter walks take one thread: another takes longer to
+// start (about 5 us) than the work.
+constexpr int64_t kTensorsAChunk = 1024;
+
 }  // namespace fused_ema

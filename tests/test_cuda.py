@@ -156,6 +156,28 @@ def test_nothing_is_allocated():
     assert allocations() == before
 
 
+def test_every_written_tensor_bumps_its_version():
+    # More than one thread's share of them, and sides of different lengths.
+    ema, params = lists((4,) * 3000)
+    flat = torch.zeros(4 * 3000, device="cuda")
+    ema[1000:2000] = flat.view(-1, 4)[:1000].unbind()  # One counter for all of them.
+    plan = fused_ema.Plan(ema, params)
+
+    def bumps(call):
+        before = [[t._version for t in side] for side in (ema, params)]
+        call()
+        return [
+            [t._version - was for t, was in zip(side, old, strict=True)]
+            for side, old in zip((ema, params), before, strict=True)
+        ]
+
+    ones, none = [1] * 3000, [0] * 3000
+    assert bumps(lambda: plan.update(0.5)) == [ones, none]
+    assert bumps(plan.swap) == [ones, ones]
+    assert bumps(plan.copy_to_params) == [none, ones]
+    assert bumps(lambda: fused_ema.update_(ema, params, 0.5)) == [ones, none]
+
+
 # ---- streams
 
 
