@@ -21,7 +21,7 @@ endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # What pyproject.toml lists as an extra or a group, so that each version stands there alone.
 EXTRA = $(PY) -c 'import sys, tomllib; all = tomllib.load(open("pyproject.toml", "rb")); lists = all["project"]["optional-dependencies"] | all["dependency-groups"]; print(*(name for wanted in sys.argv[1:] for name in lists[wanted]), sep="\n")'
-CXX_FILES = find csrc tests/host tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc bench tests/host tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: bench test test-frameworks sanitize gpu-sanitize build lint format clean
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import cases, launches, manager, providers, report, step, timer, train
+from bench import cases, launches, manager, providers, report, step, timer, train, variants
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 from fused_ema.__main__ import number
@@ -456,6 +456,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "manager": manager.main,
     "launches": launches.main,
     "step": step.main,
+    "variants": variants.main,
 }
 
 

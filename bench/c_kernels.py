@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bench.providers import Op
 from fused_ema.ops import Form
 from fused_ema.testing import DTYPE_PAIRS
 
@@ -33,6 +34,11 @@ class Operation:
     kind: Kind
     form: Form = "lerp"
     momentum: float = 0.0
+
+    @property
+    def op(self) -> Op:
+        """What bench calls it, whichever way a copy goes."""
+        return self.kind if self.kind == "update" or self.kind == "swap" else "copy"
 
 
 class _Span(ctypes.Structure):

@@ -7,21 +7,15 @@ shown here.
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from pathlib import Path
 
 import pytest
 from host import host_kernels
 from host.host_kernels import MANY_SIZES, MOMENTA, OFFSETS, HostKernels, Operation, check
 
 from fused_ema.testing import DTYPE_PAIRS, EDGE_SIZES, dtype_name
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -150,23 +144,6 @@ MUTATIONS = {
 }
 
 
-def verdict_on(csrc: Path, folder: Path) -> str:
-    """Builds these sources and checks them in a process of their own; what it said, or nothing."""
-    library = host_kernels.build(folder, csrc, strict=False)
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, host_kernels.__file__, str(library)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    if run.returncode < 0:
-        return f"crashed with signal {-run.returncode}"
-    assert run.returncode == 0 or run.stderr.startswith("found: "), run.stderr
-    return run.stderr
-
-
 def test_planted_faults_are_found(tmp_path):
     def plant(item) -> tuple[str, str]:
         number, (title, (file, old, new)) = item
@@ -175,11 +152,11 @@ def test_planted_faults_are_found(tmp_path):
         text = (csrc / file).read_text()
         assert text.count(old) == 1, f"{title}: {file} has {text.count(old)} times {old!r}"
         (csrc / file).write_text(text.replace(old, new))
-        return title, verdict_on(csrc, tmp_path / str(number))
+        return title, host_kernels.verdict_on(csrc, tmp_path / str(number))
 
     with ThreadPoolExecutor(2) as pool:
         verdicts = dict(pool.map(plant, enumerate(MUTATIONS.items())))
     missed = [title for title, verdict in verdicts.items() if not verdict]
     assert missed == []
     # The same check finds nothing in the sources as they are.
-    assert verdict_on(host_kernels.CSRC, tmp_path / "sound") == ""
+    assert host_kernels.verdict_on(host_kernels.CSRC, tmp_path / "sound") == ""

@@ -42,6 +42,16 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+// A GPU of three multiprocessors, so that a grid may be too small for its work.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 3;
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) { return "an error"; }
 
 struct cudaLaunchConfig_t {
@@ -50,7 +60,7 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-inline thread_local dim3 blockIdx, threadIdx;
+inline thread_local dim3 gridDim, blockIdx, threadIdx;
 
 // Of this process. A symbol of its own for Python, and one however many files include this.
 extern "C" {
@@ -61,6 +71,7 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   ++num_launches;
+  gridDim = config->gridDim;
   for (blockIdx.x = 0; blockIdx.x < config->gridDim.x; ++blockIdx.x) {
     for (threadIdx.x = 0; threadIdx.x < config->blockDim.x; ++threadIdx.x) kernel(arguments...);
   }

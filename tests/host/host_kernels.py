@@ -211,6 +211,23 @@ def check_quickly(host: HostKernels) -> None:
         check(host, Operation("swap"), DTYPE_PAIRS[0], MANY_SIZES, (0, 0), by_table)
 
 
+def verdict_on(csrc: Path, folder: Path) -> str:
+    """Builds these sources and checks them in a process of their own; what it said, or nothing."""
+    library = build(folder, csrc, strict=False)
+    path = os.pathsep.join([str(CSRC.parent), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, __file__, str(library)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if run.returncode < 0:
+        return f"crashed with signal {-run.returncode}"
+    assert run.returncode == 0 or run.stderr.startswith("found: "), run.stderr
+    return run.stderr
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:

@@ -1,0 +1,482 @@
+"""python -m bench variants: the CUDA kernels built in other ways, against the kernels as they are.
+
+A variant is a change to the text of csrc/: other tiles, other cache hints, another grid, other
+machinery. Each is built into a library of its own, compared bit for bit with the unchanged build,
+and timed in turn with it on lists of the benchmark. bench/NOTES.md says what was predicted of each
+and what came of it. Where there is no GPU, `--build-only` tells what the compiler made of them.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import cases, providers, report, timer
+from bench.c_kernels import Kernels, Operation
+from bench.providers import Call, Lists
+from fused_ema.__main__ import number
+from fused_ema.testing import bits_of
+
+_ROOT = Path(__file__).parents[1]
+_SOURCES = ("cuda/update.cu", "cuda/swap.cu", "cuda/copy.cu", "cuda/c_api.cpp", "tiles.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-Xptxas", "-v")
+BASELINE = "as it is"
+_SECONDS = 40.0
+_MAX_ELEMENTS = 2**29
+MOMENTUM = 0.125
+
+# ---- the variants
+
+Edit = tuple[str, str, str]
+"""A file of csrc/, a text that stands there once, and what it becomes."""
+
+
+def _resident(blocks: int) -> Edit:
+    return "cuda/loop.cuh", "kBlocksPerSm = 3;", f"kBlocksPerSm = {blocks};"
+
+
+def _warps(warps: int) -> Edit:
+    return "tiles.h", "kWarpsPerBlock = 8;", f"kWarpsPerBlock = {warps};"
+
+
+def _unroll(wide: int, narrow: int) -> Edit:
+    return "tiles.h", "bytes > 32 ? 2 : 4", f"bytes > 32 ? {wide} : {narrow}"
+
+
+_LOAD = "copy_packets(&to, reinterpret_cast<const Vec<T, N>*>(from));"
+_STORE = "copy_packets(reinterpret_cast<Vec<T, N>*>(to), &from);"
+
+
+def _packets(name: str, access: str) -> Edit:
+    # A second copy_packets, in which `access` moves a packet from `from[i]` to `to[i]`.
+    text = f"""template <typename T, int N>
+__device__ __forceinline__ void {name}(Vec<T, N>* to_vec, const Vec<T, N>* from_vec) {{
+  uint4* to = reinterpret_cast<uint4*>(to_vec);
+  const uint4* from = reinterpret_cast<const uint4*>(from_vec);
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Vec<T, N>) / kVectorBytes); ++i) {{
+#if defined(__CUDA_ARCH__)
+    {access}
+#else
+    to[i] = from[i];
+#endif
+  }}
+}}
+
+"""
+    return "cuda/vec.cuh", "// kAligned: 16-byte accesses.", text + "// kAligned: 16-byte accesses."
+
+
+def _loads(access: str) -> tuple[Edit, Edit]:
+    renamed = _LOAD.replace("copy_packets", "load_packets")
+    return _packets("load_packets", access), ("cuda/vec.cuh", _LOAD, renamed)
+
+
+def _stores(access: str) -> tuple[Edit, Edit]:
+    renamed = _STORE.replace("copy_packets", "store_packets")
+    return _packets("store_packets", access), ("cuda/vec.cuh", _STORE, renamed)
+
+
+def _load_instruction(qualifiers: str) -> str:
+    return (
+        f'asm volatile("ld.global{qualifiers}.v4.u32 {{%0, %1, %2, %3}}, [%4];"'
+        ' : "=r"(to[i].x), "=r"(to[i].y), "=r"(to[i].z), "=r"(to[i].w) : "l"(from + i));'
+    )
+
+
+_STORE_STREAMING = "__stcs(to + i, from[i]);"
+
+_PERSISTENT: tuple[Edit, ...] = (
+    (
+        "cuda/launch.cuh",
+        "  config.gridDim.x = static_cast<uint32_t>(grid);",
+        """  int device = 0, multiprocessors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const uint64_t resident = uint64_t{kBlocksPerSm} * static_cast<uint32_t>(multiprocessors);
+  config.gridDim.x = static_cast<uint32_t>(grid < resident ? grid : resident);""",
+    ),
+    (
+        "cuda/loop.cuh",
+        "  if (blockIdx.x < source.num_block_tiles) {\n"
+        "    const Tile tile = source.block_tile(kShape, blockIdx.x);",
+        """  uint32_t block = blockIdx.x;
+  for (; block < source.num_block_tiles; block += gridDim.x) {
+    const Tile tile = source.block_tile(kShape, block);""",
+    ),
+    (
+        "cuda/loop.cuh",
+        """                   static_cast<int>(threadIdx.x), kThreadsPerBlock);
+    return;
+  }
+  const uint32_t index =
+      (blockIdx.x - source.num_block_tiles) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  if (index < source.num_warp_tiles) {""",
+        """                   static_cast<int>(threadIdx.x), kThreadsPerBlock);
+  }
+  uint32_t index = (block - source.num_block_tiles) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  for (; index < source.num_warp_tiles; index += gridDim.x * kWarpsPerBlock) {""",
+    ),
+)
+
+_DEPENDENT: tuple[Edit, ...] = (
+    (
+        "cuda/launch.cuh",
+        "  config.stream = static_cast<cudaStream_t>(stream);",
+        """  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;""",
+    ),
+    # The table may be read early: no kernel writes it. Momentum and elements may not.
+    (
+        "cuda/loop.cuh",
+        "  const Op op(args);\n  if (blockIdx.x < source.num_block_tiles) {\n"
+        "    const Tile tile = source.block_tile(kShape, blockIdx.x);",
+        """  cudaTriggerProgrammaticLaunchCompletion();
+  if (blockIdx.x < source.num_block_tiles) {
+    const Tile tile = source.block_tile(kShape, blockIdx.x);
+    cudaGridDependencySynchronize();
+    const Op op(args);""",
+    ),
+    (
+        "cuda/loop.cuh",
+        "  if (index < source.num_warp_tiles) {",
+        """  cudaGridDependencySynchronize();
+  const Op op(args);
+  if (index < source.num_warp_tiles) {""",
+    ),
+)
+
+_WIDE: tuple[Edit, ...] = (
+    (
+        "tiles.h",
+        "kVectorBytes / (size_a < size_b ? size_a : size_b);",
+        "kVectorBytes / (size_a < size_b ? size_b : size_a);",
+    ),
+    (
+        "cuda/vec.cuh",
+        "struct alignas(kVectorBytes) Vec {\n"
+        "  static_assert(N * sizeof(T) % kVectorBytes == 0, "
+        '"a Vec is a whole number of 16-byte accesses");',
+        "struct alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Vec {",
+    ),
+    (
+        "cuda/vec.cuh",
+        "  constexpr int kPackets = sizeof(Vec<T, N>) / kVectorBytes;",
+        """  if constexpr (sizeof(Vec<T, N>) < kVectorBytes) {
+    static_assert(sizeof(Vec<T, N>) == 8, "half a packet");
+    *reinterpret_cast<uint64_t*>(to) = *reinterpret_cast<const uint64_t*>(from);
+    return;
+  }
+  constexpr int kPackets = sizeof(Vec<T, N>) / kVectorBytes;""",
+    ),
+)
+
+_BULK: tuple[Edit, ...] = (
+    ("cuda/loop.cuh", '#include "vec.cuh"', '#include "bulk.cuh"\n#include "vec.cuh"'),
+    (
+        "cuda/loop.cuh",
+        "    run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,",
+        """    if (is_aligned(static_cast<B*>(tile.b))) {
+      run_bulk_tile<Op>(op, static_cast<A*>(tile.a), static_cast<B*>(tile.b));
+      return;
+    }
+    run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,""",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to build the kernels.
+
+    Attributes:
+        name: What the table and `--variants` call it.
+        edits: What becomes of the sources.
+        on_host: Whether the result runs on a processor too (tests/host/).
+        least_arch: The compute capability that it needs.
+    """
+
+    name: str
+    edits: tuple[Edit, ...] = ()
+    on_host: bool = True
+    least_arch: int = 80
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(BASELINE),
+    Variant("2 blocks an SM", (_resident(2),)),
+    Variant("4 blocks an SM", (_resident(4),)),
+    Variant("128 threads", (_warps(4), _resident(6))),
+    Variant("512 threads", (_warps(16), _resident(2))),
+    Variant("half the loads", (_unroll(1, 2), _resident(5))),
+    Variant("twice the loads", (_unroll(4, 8), _resident(2))),
+    Variant("vectors of the wide side", _WIDE),
+    Variant("loads past L1", _loads(_load_instruction(".L1::no_allocate"))),
+    Variant("loads evict first", _loads("to[i] = __ldcs(from + i);")),
+    Variant("loads fetch 256 B", _loads(_load_instruction(".L2::256B"))),
+    Variant("stores evict first", _stores(_STORE_STREAMING)),
+    Variant("both evict first", (*_loads("to[i] = __ldcs(from + i);"), *_stores(_STORE_STREAMING))),
+    Variant("persistent grid", _PERSISTENT),
+    Variant("dependent launch", _DEPENDENT, on_host=False, least_arch=90),
+    Variant("bulk copies", (*_BULK, _resident(4)), on_host=False, least_arch=90),
+)
+
+
+def names() -> tuple[str, ...]:
+    """Of all variants."""
+    return tuple(variant.name for variant in VARIANTS)
+
+
+def write_sources(variant: Variant, folder: Path) -> Path:
+    """Copies csrc/ into the folder, changed, and returns where it is.
+
+    Raises:
+        ValueError: An edit's old text doesn't stand in its file exactly once.
+    """
+    csrc = folder / "csrc"
+    shutil.rmtree(csrc, ignore_errors=True)
+    shutil.copytree(_ROOT / "csrc", csrc)
+    shutil.copy(_ROOT / "bench" / "bulk.cuh", csrc / "cuda")
+    for file, old, new in variant.edits:
+        path = csrc / file
+        text = path.read_text()
+        if text.count(old) != 1:
+            raise ValueError(
+                f"variant '{variant.name}': {file} has {text.count(old)} times {old!r}"
+            )
+        path.write_text(text.replace(old, new))
+    return csrc
+
+
+# ---- building
+
+
+@dataclass(frozen=True)
+class Built:
+    """A library, and what ptxas told of its kernels."""
+
+    library: Path
+    most_registers: int
+    spilled_bytes: int
+
+
+def build(variant: Variant, folder: Path, arch: str, sources: Sequence[str] = _SOURCES) -> Built:
+    """Compiles a variant for one compute capability, as "90".
+
+    Raises:
+        RuntimeError: nvcc failed.
+    """
+    folder = folder / variant.name.replace(" ", "_")
+    csrc = write_sources(variant, folder)
+    library = folder / "libvariant.so"
+    command = [nvcc(), f"-arch=sm_{arch}", *_FLAGS, "-o", str(library)]
+    told = subprocess.run(
+        [*command, *(str(csrc / source) for source in sources)], capture_output=True, text=True
+    )
+    if told.returncode:
+        raise RuntimeError(f"variant '{variant.name}': nvcc failed:\n{told.stderr}")
+    registers = [int(text) for text in re.findall(r"Used (\d+) registers", told.stderr)]
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", told.stderr)
+    return Built(library, max(registers), sum(map(int, spilled)))
+
+
+def nvcc() -> str:
+    """The compiler: on the PATH, or in CUDA_HOME."""
+    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    found = shutil.which("nvcc", path=os.pathsep.join([os.environ.get("PATH", ""), str(home)]))
+    if found is None:
+        raise RuntimeError("no nvcc on the PATH or in CUDA_HOME")
+    return found
+
+
+# ---- measuring
+
+# Case, dtype pair, operation: where a variant may gain or lose.
+RUNS: tuple[tuple[str, str, Operation], ...] = (
+    ("single", "float32/float32", Operation("update", "lerp", MOMENTUM)),
+    ("vit_l16", "float32/float32", Operation("update", "lerp", MOMENTUM)),
+    ("vit_l16", "float32/bfloat16", Operation("update", "lerp", MOMENTUM)),
+    ("vit_l16", "bfloat16/bfloat16", Operation("update", "lerp", MOMENTUM)),
+    ("vit_l16", "float32/float32", Operation("swap")),
+    ("odd", "float32/float32", Operation("update", "lerp", MOMENTUM)),
+    ("misaligned", "float32/float32", Operation("update", "lerp", MOMENTUM)),
+    ("misaligned", "float32/bfloat16", Operation("update", "lerp", MOMENTUM)),
+    ("small", "float32/float32", Operation("update", "lerp", MOMENTUM)),
+    ("single", "float32/float32", Operation("copy to ema")),
+)
+
+
+def compare(kernels: dict[str, Kernels], operation: Operation, lists: Lists) -> dict[str, str]:
+    """What each variant does otherwise than the baseline, on copies of these lists."""
+
+    def result(name: str) -> list[Tensor]:
+        ema, params = ([t.clone() for t in side] for side in (lists.ema, lists.params))
+        kernels[name].run(operation, kernels[name].prepare(ema, params, by_table=True), _stream())
+        return [*ema, *params]
+
+    right = result(BASELINE)
+    wrong = {}
+    for name in kernels:
+        other = result(name)
+        differ = [
+            i
+            for i, (x, y) in enumerate(zip(right, other, strict=True))
+            if not torch.equal(bits_of(x), bits_of(y))
+        ]
+        if differ:
+            wrong[name] = f"{len(differ)} of {len(right)} tensors differ, the first is {differ[0]}"
+    return wrong
+
+
+def _stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def run(
+    built: dict[str, Built], max_elements: int, seconds: float, rounds: int | None
+) -> tuple[list[report.Record], list[str]]:
+    """Measures all variants on all lists; returns records and failures."""
+    device = torch.device("cuda")
+    kernels = {name: Kernels(b.library) for name, b in built.items()}
+    clock = timer.CudaClock()
+    records: list[report.Record] = []
+    failures: list[str] = []
+    for case_name, pair, operation in RUNS:
+        case = cases.load(case_name, max_elements)
+        ema, param = providers.split_pair(pair)
+        num_bytes = providers.least_bytes(operation.op, ema, param, case.num_elements)
+        set_bytes = case.num_elements * (ema.itemsize + param.itemsize)
+        cache = timer.cache_bytes(device)
+        num_sets = max(1, timer.num_cold_sets(set_bytes, 2 * case.num_tensors, cache, "cuda"))
+        sets = [
+            Lists(
+                cases.make_tensors(case, ema, device, seed, "ema"),
+                cases.make_tensors(case, param, device, seed, "param"),
+            )
+            for seed in range(num_sets)
+        ]
+        where = f"{case_name} {operation.op} {pair}"
+        wrong = compare(kernels, operation, sets[0])
+        failures += [f"{name}, {where}: {what}" for name, what in wrong.items()]
+
+        def call_of(library: Kernels, lists: Lists, operation: Operation = operation) -> Call:
+            prepared = library.prepare(lists.ema, lists.params, by_table=True)
+            return partial(library.run, operation, prepared, _stream())
+
+        calls = {
+            name: [call_of(library, lists) for lists in sets]
+            for name, library in kernels.items()
+            if name not in wrong
+        }
+        share = seconds / len(RUNS)
+        for name, timing in timer.interleave(calls, clock, seconds=share, rounds=rounds).items():
+            records.append(
+                {
+                    "variant": name,
+                    "case": case_name,
+                    "op": operation.op,
+                    "ema_dtype": pair.split("/")[0],
+                    "param_dtype": pair.split("/")[1],
+                    "num_tensors": case.num_tensors,
+                    "num_elements": case.num_elements,
+                    "bytes": num_bytes,
+                    **report.microseconds(timing),
+                    "gb_per_s": num_bytes / timing.median / 1e9,
+                }
+            )
+        del sets, calls
+        torch.cuda.empty_cache()
+    return records, failures
+
+
+# ---- what comes out
+
+
+def tables(built: dict[str, Built], records: Sequence[report.Record]) -> list[report.Table]:
+    """What the compiler made of each; and their speeds, a column for each list."""
+    made = report.Table(
+        "Built",
+        ("variant", "most registers", "bytes spilled"),
+        tuple(
+            (name, str(b.most_registers), str(b.spilled_bytes) if b.spilled_bytes else "")
+            for name, b in built.items()
+        ),
+    )
+    if not records:
+        return [made]
+    runs = list(dict.fromkeys(_run_of(r) for r in records))
+    speeds = {(r["variant"], _run_of(r)): r["gb_per_s"] for r in records}
+    rows = []
+    for name in built:
+        cells = []
+        for run in runs:
+            speed, base = speeds.get((name, run)), speeds[BASELINE, run]
+            cells.append(f"{speed:,.0f} {speed / base - 1:+.1%}" if speed else "wrong")
+        rows.append((name, *cells))
+    numbered = tuple(f"({i + 1})" for i in range(len(runs)))
+    legend = ", ".join(f"({i + 1}) {' '.join(run)}" for i, run in enumerate(runs))
+    return [made, report.Table(f"GB/s: {legend}", ("variant", *numbered), tuple(rows))]
+
+
+def _run_of(r: report.Record) -> tuple[str, str, str]:
+    return r["case"], r["op"], f"{r['ema_dtype']}/{r['param_dtype']}"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Builds and measures the variants; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        "python -m bench variants",
+        description="Other ways to build the CUDA kernels, checked and timed against them.",
+    )
+    add = parser.add_argument
+    add("--variants", type=report.names(names(), "variant"), help="; ".join(names()))
+    add("--build-only", action="store_true", help="needs no GPU: registers and spills")
+    add("--arch", help="compute capability to build for, as in 90; unasked the GPU that is here")
+    add("--folder", type=Path, default=_ROOT / "build" / "variants", help="(%(default)s)")
+    add("--max-elements", type=number(int, 1), default=_MAX_ELEMENTS, help="(%(default)s)")
+    add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
+    add("--seconds", type=number(float, 0), default=_SECONDS, help="for all (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    args = parser.parse_args(argv)
+    if not args.build_only and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA GPU here; --build-only needs none")
+    if args.build_only:
+        arch = args.arch or "90"
+        capability = int(arch)
+    else:
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+        arch = args.arch or str(capability)
+    wanted = {BASELINE, *(args.variants or names())}
+    chosen = [v for v in VARIANTS if v.name in wanted and capability >= v.least_arch]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda variant: build(variant, args.folder, arch), chosen)
+        built = {variant.name: b for variant, b in zip(chosen, made, strict=True)}
+    if args.build_only:
+        report.show(tables(built, [])[0])
+        return 0
+    device = torch.device("cuda")
+    with report.measuring(device) as facts, torch.no_grad():
+        records, failures = run(built, args.max_elements, args.seconds, args.rounds)
+    for table in tables(built, records):
+        report.show(table)
+    if args.json:
+        facts_of = {
+            name: {"most_registers": b.most_registers, "spilled_bytes": b.spilled_bytes}
+            for name, b in built.items()
+        }
+        report.write_json(args.json, facts, {"built": facts_of, "records": records})
+    return report.print_failures(failures)
