@@ -18,7 +18,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import cases, launches, manager, providers, report, step, timer, train, variants
+from bench import (
+    cases,
+    counters,
+    launches,
+    manager,
+    providers,
+    report,
+    step,
+    timer,
+    train,
+    variants,
+)
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 from fused_ema.__main__ import number
@@ -266,26 +277,6 @@ def _num_bytes(lists: Lists) -> int:
     return sum(tensor.nbytes for tensor in (*lists.ema, *lists.params))
 
 
-def make_sets(case: Case, pair: str, settings: Settings) -> tuple[list[Lists], bool]:
-    """Enough sets of tensors for a cold rotation; or one, and False, where that is too many."""
-    device = settings.device
-    ema, param = providers.split_pair(pair)
-    set_bytes = case.num_elements * (ema.itemsize + param.itemsize)
-    num_sets = timer.num_cold_sets(
-        set_bytes, 2 * case.num_tensors, timer.cache_bytes(device), device.type
-    )
-    if num_sets > 1 and 4 * num_sets * set_bytes > settings.memory_bytes:
-        num_sets = 0
-    sets = [
-        Lists(
-            cases.make_tensors(case, ema, device, seed, "ema"),
-            cases.make_tensors(case, param, device, seed, "param"),
-        )
-        for seed in range(max(1, num_sets))
-    ]
-    return sets, num_sets > 0
-
-
 # ---- the run
 
 
@@ -348,7 +339,9 @@ def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
                 case, reason = fit(job, settings)
                 made = job.case, job.pair
                 if case is not None:
-                    sets, cold = make_sets(case, job.pair, settings)
+                    sets, cold = timer.make_sets(
+                        case, job.pair, settings.device, settings.memory_bytes
+                    )
             if case is None:
                 outcome.left_out[f"{job.case} {job.pair}: {reason}"] = None
                 progress.end(job, f"left out, {reason}")
@@ -457,6 +450,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "launches": launches.main,
     "step": step.main,
     "variants": variants.main,
+    "counters": counters.main,
 }
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import cases, providers, report
+from bench import cases, providers, report, timer
 from bench.providers import OPS, PLAN, Call, Lists, Provider
 from fused_ema.__main__ import number
 
@@ -106,11 +106,7 @@ def run(case_names: Sequence[str], max_elements: int) -> dict[str, Any]:
     for name in case_names:
         case = cases.load(name, max_elements)
         for pair in PAIRS:
-            ema, param = providers.split_pair(pair)
-            lists = Lists(
-                cases.make_tensors(case, ema, device, 0, "ema"),
-                cases.make_tensors(case, param, device, 0, "param"),
-            )
+            lists = timer.make_lists(case, pair, device)
             for op in OPS:
                 for provider in providers.choose(op, pair, "cuda", None):
                     if provider.family not in ("ours", "foreach"):

@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.providers import Call, Lists, Op
+from bench import cases
+from bench.cases import Case
+from bench.providers import Call, Lists, Op, split_pair
 
 MIN_ROUNDS = 5
 MAX_ROUNDS = 101
@@ -135,6 +137,28 @@ def num_cold_sets(data_bytes: int, num_tensors: int, cache: int, device_type: st
     set_bytes = data_bytes + num_tensors * (_TENSOR_BYTES if device_type == "cpu" else 0)
     needed = math.ceil(_CACHE_MULTIPLE * cache / max(1, set_bytes))
     return needed if needed <= _MAX_SETS else 0
+
+
+def make_lists(case: Case, pair: str, device: torch.device, seed: int = 0) -> Lists:
+    """The tensors of a case, both sides, with values of that seed."""
+    ema, param = split_pair(pair)
+    return Lists(
+        cases.make_tensors(case, ema, device, seed, "ema"),
+        cases.make_tensors(case, param, device, seed, "param"),
+    )
+
+
+def make_sets(
+    case: Case, pair: str, device: torch.device, memory_bytes: int
+) -> tuple[list[Lists], bool]:
+    """Enough sets of tensors for a cold rotation; or one, and False, where that is too many."""
+    set_bytes = case.num_elements * sum(dtype.itemsize for dtype in split_pair(pair))
+    cache = cache_bytes(device)
+    num_sets = num_cold_sets(set_bytes, 2 * case.num_tensors, cache, device.type)
+    if num_sets > 1 and 4 * num_sets * set_bytes > memory_bytes:
+        num_sets = 0
+    sets = [make_lists(case, pair, device, seed) for seed in range(max(1, num_sets))]
+    return sets, num_sets > 0
 
 
 # ---- clocks

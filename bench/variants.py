@@ -358,16 +358,8 @@ def run(
         case = cases.load(case_name, max_elements)
         ema, param = providers.split_pair(pair)
         num_bytes = providers.least_bytes(operation.op, ema, param, case.num_elements)
-        set_bytes = case.num_elements * (ema.itemsize + param.itemsize)
-        cache = timer.cache_bytes(device)
-        num_sets = max(1, timer.num_cold_sets(set_bytes, 2 * case.num_tensors, cache, "cuda"))
-        sets = [
-            Lists(
-                cases.make_tensors(case, ema, device, seed, "ema"),
-                cases.make_tensors(case, param, device, seed, "param"),
-            )
-            for seed in range(num_sets)
-        ]
+        memory = torch.cuda.mem_get_info()[0]
+        sets, _ = timer.make_sets(case, pair, device, memory)
         where = f"{case_name} {operation.op} {pair}"
         wrong = compare(kernels, operation, sets[0])
         failures += [f"{name}, {where}: {what}" for name, what in wrong.items()]
