@@ -21,9 +21,9 @@ endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # What pyproject.toml lists as an extra or a group, so that each version stands there alone.
 EXTRA = $(PY) -c 'import sys, tomllib; all = tomllib.load(open("pyproject.toml", "rb")); lists = all["project"]["optional-dependencies"] | all["dependency-groups"]; print(*(name for wanted in sys.argv[1:] for name in lists[wanted]), sep="\n")'
-CXX_FILES = find csrc bench tests/host tests/sanitize -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc bench tests/host tests/sanitize tests/pretend -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: bench test test-frameworks sanitize gpu-sanitize build lint format clean
+.PHONY: bench test test-frameworks sanitize gpu-sanitize pretend-gpu build lint format clean
 
 bench: build
 	mkdir -p $(OUT)
@@ -45,6 +45,10 @@ sanitize: $(READY)
 # The CUDA kernels under NVIDIA's, on a machine with a GPU.
 gpu-sanitize: $(READY)
 	$(PY) tests/sanitize/sanitize.py build/sanitize --gpu
+
+# The tests marked "cuda" without a GPU; PYTHON must have a torch that was built for CUDA.
+pretend-gpu:
+	$(PYTHON) tests/pretend/run.py pytest --require-cuda -m cuda $(PYTEST_ARGS)
 
 # Building is required here: a broken compiler must not turn into a green run of the fallback.
 build: $(READY)

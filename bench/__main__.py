@@ -1,6 +1,6 @@
 """python -m bench: measures fused_ema against torch on this machine.
 
-The default command measures single ops; bench/train.py and bench/manager.py have the others. Each
+The default command measures single ops; each other command has a module of its name. Each
 job is one table: a case, a dtype pair and an op. Its providers are checked against float64,
 then timed in turn (bench/timer.py says how); a provider with wrong values is named, not timed, and
 makes the run fail.
@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import (
-    cases,
-    counters,
-    launches,
-    manager,
-    providers,
-    report,
-    step,
-    timer,
-    train,
-    variants,
-)
+from bench import cases, providers, report, timer
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 from fused_ema.__main__ import number
@@ -442,23 +431,17 @@ def _list() -> None:
         print(f"provider  {provider.name:24} {provider.op:7} {provider.kind}{absent}")
 
 
-# The first word chooses; without one it is "ops".
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
-    "ops": ops_main,
-    "train": train.main,
-    "manager": manager.main,
-    "launches": launches.main,
-    "step": step.main,
-    "variants": variants.main,
-    "counters": counters.main,
-}
+# The first word chooses, without one it is "ops"; every other has a module of its name.
+COMMANDS = ("ops", "train", "manager", "step", "launches", "variants", "counters", "verdict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS[words.pop(0)] if words and words[0] in COMMANDS else ops_main
-    return command(words)
+    command = words.pop(0) if words and words[0] in COMMANDS else "ops"
+    if command == "ops":
+        return ops_main(words)
+    return int(importlib.import_module(f"bench.{command}").main(words))
 
 
 if __name__ == "__main__":

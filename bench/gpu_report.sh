@@ -1,34 +1,53 @@
 #!/usr/bin/env bash
-# Every GPU figure is made by this: builds, tests and measures on a machine with an NVIDIA GPU.
+# Every GPU figure is made by this: builds, tests, sanitises and measures on a machine with an
+# NVIDIA GPU.
 #
-#   bash bench/gpu_report.sh OUT [build] [test] [sanitize] [bench]
+#   bash bench/gpu_report.sh OUT [PART...]
 #
 # Needs nvcc and a Python with torch 2.11 or later (PYTHON, python3 by default), and no network.
-# Without parts named it runs them all; each is bounded, together they end within ten minutes, and
-# a failed one doesn't stop the next. Logs, records and plots go to OUT, a verdict to the terminal.
-# The exit status tells whether any part failed. The GPU's settings stay as they are.
+# Without parts named it runs the first seven; each is bounded, together they end within ten
+# minutes, and a failed one doesn't stop the next. The others, with the build, take ten more:
+#
+#   build      the package, with every CUDA kernel
+#   test       the tests marked "cuda"; a skip is a failure
+#   sanitize   all kernels under compute-sanitizer: memcheck, initcheck, racecheck, synccheck
+#   launches   kernel launches and host synchronisations of every case, by torch's profiler
+#   bench      update, swap and copy against torch and Triton; JSON and plot
+#   step       a training step without and with the average
+#   verdict    what the records in OUT say of the targets
+#   compile    against torch.compile of foreach
+#   counters   hardware counters, by ncu
+#   variants   the kernels built in other ways
+#   memcheck   plans in torch's own memory, under compute-sanitizer's memcheck
+#
+# Records and plots go to OUT, all output to OUT/log.txt, a short verdict to the terminal. The exit
+# status tells whether any part failed; a missed target is no failure. The GPU's settings stay as
+# they are.
 set -euo pipefail
 
+declare -A SECONDS_FOR=(
+  [build]=90 [test]=140 [sanitize]=60 [launches]=50 [bench]=165 [step]=65 [verdict]=15
+  [compile]=170 [counters]=120 [variants]=120 [memcheck]=100
+)
+PARTS=("${@:2}")
+[[ ${#PARTS[@]} -gt 0 ]] || PARTS=(build test sanitize launches bench step verdict)
+for part in "${PARTS[@]}"; do
+  if [[ -z ${SECONDS_FOR[$part]:-} ]]; then
+    echo "unknown part '$part'; choose from ${!SECONDS_FOR[*]}" >&2
+    exit 2
+  fi
+done
 if [[ $# -lt 1 ]]; then
-  echo "usage: bash bench/gpu_report.sh OUT [build] [test] [sanitize] [bench]" >&2
+  echo "usage: bash bench/gpu_report.sh OUT [PART...]" >&2
   exit 2
 fi
 mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
-shift
-PARTS=("$@")
-[[ $# -gt 0 ]] || PARTS=(build test sanitize bench)
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
-
-declare -A SECONDS_FOR=([build]=210 [test]=130 [sanitize]=70 [bench]=180)
-for part in "${PARTS[@]}"; do
-  if [[ -z ${SECONDS_FOR[$part]:-} ]]; then
-    echo "unknown part '$part'; choose from build, test, sanitize, bench" >&2
-    exit 2
-  fi
-done
+PART_LOG=$(mktemp)
+trap 'rm -f "$PART_LOG"' EXIT
 
 environment() {
   date -u +%Y-%m-%dT%H:%M:%SZ
@@ -45,74 +64,97 @@ print("gpu", torch.cuda.get_device_properties(0) if torch.cuda.is_available() el
   nproc
 }
 
+measure() { # NAME ARGUMENT...: python -m bench, whose record of an earlier run must not stay.
+  rm -f "$OUT/$1".{json,png,svg}
+  "$PYTHON" -m bench "${@:2}" --json "$OUT/$1.json"
+}
+
 run_build() { make build VENV= PYTHON="$PYTHON"; }
 
-# --require-cuda: a GPU that torch can't see must fail the tests, not skip them.
-run_test() { make test VENV= PYTHON="$PYTHON" PYTEST_ARGS="--require-cuda -m cuda -q"; }
+# --require-cuda: a GPU that torch can't see must fail the tests, not skip them. Other versions than
+# the pinned ones warn of other things, and a module that one lacks must not stop the rest.
+run_test() {
+  make test VENV= PYTHON="$PYTHON" \
+    PYTEST_ARGS="--require-cuda -m cuda -q -W default --continue-on-collection-errors"
+}
 
-# One tool of four, to end in time; make gpu-sanitize runs them all.
-run_sanitize() { bash tests/gpu_sanitize.sh 24 memcheck; }
+run_sanitize() { make gpu-sanitize VENV= PYTHON="$PYTHON"; }
 
-run_bench() {
-  rm -f "$OUT"/bench.{json,png,svg} # Of an earlier run: they must not stand for a failed one.
-  "$PYTHON" -m bench --device cuda --seconds 110 --json "$OUT/bench.json" --plot "$OUT/bench"
+run_launches() { measure launches launches; }
+
+run_bench() { measure bench --device cuda --seconds 105 --plot "$OUT/bench"; }
+
+run_step() { measure step step --seconds 36; }
+
+run_compile() {
+  measure compile --device cuda --seconds 10 --cases resnet50,vit_l16 --ops update \
+    --providers "fused_ema plan,foreach lerp_,triton,compile foreach lerp_"
+}
+
+run_counters() { measure counters counters; }
+
+run_variants() { measure variants variants; }
+
+# Without torch's allocator every tensor is an allocation of its own, and a write past it is seen.
+run_memcheck() {
+  local path="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+  PATH=$path PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "$PYTHON" -m pytest --require-cuda -q -W default -p no:cacheprovider tests/test_cuda.py \
+    -k "turn or two_streams or side_stream or pair_and_layout or moment or replay"
+}
+
+# Its status tells of targets; only a table that can't be made is a failure.
+run_verdict() {
+  rm -f "$OUT/verdict.txt"
+  local records=("$OUT"/*.json)
+  [[ -f ${records[0]} ]] || { echo "no records in $OUT" >&2 && return 1; }
+  "$PYTHON" -m bench verdict "${records[@]}" >"$OUT/verdict.txt" ||
+    grep -q Targets "$OUT/verdict.txt"
 }
 
 # What a reader wants of a part's log in one line.
 notes() {
   case $1 in
-    test | sanitize) grep -E '[0-9]+ (passed|failed|error)|nothing checked' "$OUT/$1.log" | tail -n 1 ;;
-    bench) [[ -f $OUT/bench.json ]] && echo "$(grep -c '^FAILED' "$OUT/bench.log") wrong providers" ;;
+    test | memcheck) grep -E '[0-9]+ (passed|failed|error)' "$PART_LOG" | tail -n 1 ;;
+    sanitize) grep -E 'the kernels: ' "$PART_LOG" | sed 's/: the kernels//' | paste -sd ';' ;;
+    launches | bench | step | compile | variants)
+      [[ -f $OUT/$1.json ]] && echo "$(grep -c '^FAILED' "$PART_LOG") failures" ;;
   esac
 }
 
-headlines() {
-  "$PYTHON" - "$OUT/bench.json" <<'PY'
-import json, sys
-from itertools import groupby
-
-records = json.load(open(sys.argv[1]))["records"]
-key = lambda r: (r["case"], r["op"], f"{r['ema_dtype']}/{r['param_dtype']}", r["cache"])
-for (case, op, pair, cache), group in groupby(records, key):
-    group = list(group)
-    plan = next((r for r in group if r["provider"] == "fused_ema plan"), None)
-    torch = [r for r in group if r["kind"] == "torch"]
-    if plan and torch and cache == "cold":
-        best = min(torch, key=lambda r: r["ms"])
-        print(
-            f"{case:11} {op:7} {pair:18} {plan['gb_per_s']:7.0f} GB/s,"
-            f" {plan['fraction_of_copy'] or 0:4.0%} of copy,"
-            f" {best['ms'] / plan['ms']:6.2f}x {best['provider']}, host {plan['host_us']:.0f} us"
-        )
-PY
-}
-
-export -f run_build run_test run_sanitize run_bench
+export -f measure
+for part in "${!SECONDS_FOR[@]}"; do
+  export -f "run_$part"
+done
 export PYTHON OUT
 
-echo "== environment"
-environment 2>&1 | tee "$OUT/environment.txt"
+{
+  echo "== environment"
+  environment
+} 2>&1 | tee "$OUT/log.txt"
 
-VERDICT=()
+RESULTS=()
 FAILED=0
 for part in "${PARTS[@]}"; do
-  echo "== $part"
+  echo "== $part" | tee -a "$OUT/log.txt"
   start=$SECONDS
-  # A shell of its own, since timeout can't bound a function; pipefail so that the part's status counts.
-  if timeout --kill-after=10 "${SECONDS_FOR[$part]}" bash -euo pipefail -c "run_$part" \
-    >"$OUT/$part.log" 2>&1; then
+  # A shell of its own, since timeout can't bound a function; pipefail so that the part's status
+  # counts. Interrupted, pytest still tells what it has seen.
+  if timeout --signal=INT --kill-after=10 "${SECONDS_FOR[$part]}" \
+    bash -euo pipefail -c "run_$part" >"$PART_LOG" 2>&1; then
     result=ok
   else
     result=FAILED
     FAILED=1
-    tail -n 30 "$OUT/$part.log"
+    tail -n 40 "$PART_LOG"
   fi
-  VERDICT+=("$(printf '%-9s %-7s %4d s  %s' "$part" "$result" $((SECONDS - start)) "$(notes "$part" || true)")")
+  cat "$PART_LOG" >>"$OUT/log.txt"
+  RESULTS+=("$(printf '%-9s %-7s %4d s  %s' "$part" "$result" $((SECONDS - start)) "$(notes "$part" || true)")")
 done
 
-echo "== verdict"
-printf '%s\n' "${VERDICT[@]}"
-if [[ -f $OUT/bench.json && " ${PARTS[*]} " == *" bench "* ]]; then
-  headlines || FAILED=1
-fi
+{
+  echo "== results"
+  printf '%s\n' "${RESULTS[@]}"
+} | tee -a "$OUT/log.txt"
+[[ " ${PARTS[*]} " != *" verdict "* ]] || cat "$OUT/verdict.txt" || FAILED=1
 exit "$FAILED"

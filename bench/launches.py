@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,17 @@ def trace(call: Call) -> Trace:
     """Runs a call under the profiler; once before it, so that nothing is made in it."""
     call()
     torch.cuda.synchronize()
-    seen, idle = _count(call), _count(lambda: None)
+    seen, idle = _count(call), _idle()
     return Trace(*(seen[what] - idle[what] for what in ("kernel", "copy", "wait")))
 
 
+@cache
+def _idle() -> Counter[str]:
+    # On leaving the profiler waits for the device, so that doing nothing has a wait as well.
+    return _count(lambda: None)
+
+
 def _count(call: Call) -> Counter[str]:
-    # On leaving the profiler waits for the device, so an idle call has a wait as well.
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         call()
     counter: Counter[str] = Counter()
@@ -109,8 +115,8 @@ def run(case_names: Sequence[str], max_elements: int) -> dict[str, Any]:
             lists = timer.make_lists(case, pair, device)
             for op in OPS:
                 for provider in providers.choose(op, pair, "cuda", None):
-                    if provider.family not in ("ours", "foreach"):
-                        continue
+                    if provider.family not in ("ours", "foreach") or provider.is_captured:
+                        continue  # A replay launches what was captured.
                     seen = count(provider, lists)
                     records.append(
                         {

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 
+import pytest
+
 from fused_ema import _native
+
+# tests/pretend/ shows what the host does; nothing waits there, and no binary for a GPU runs.
+needs_a_real_gpu = pytest.mark.skipif(
+    "PRETEND_RUNTIME" in os.environ, reason="needs a GPU that is real"
+)
 
 
 def torch_update_(ema, param, momentum, form):

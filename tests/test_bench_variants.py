@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from host import host_kernels
+from runs import needs_a_real_gpu
 
 from bench import __main__ as cli
 from bench import cases, providers, variants
@@ -91,6 +92,7 @@ def test_needs_a_gpu_or_only_builds(monkeypatch, capsys):
 
 
 @pytest.mark.cuda
+@needs_a_real_gpu
 def test_run_on_a_gpu(tmp_path):
     path = tmp_path / "variants.json"
     argv = ["variants", "--variants", "4 blocks an SM", "--folder", str(tmp_path / "built")]
@@ -102,6 +104,7 @@ def test_run_on_a_gpu(tmp_path):
 
 
 @pytest.mark.cuda
+@needs_a_real_gpu
 def test_a_wrong_variant_is_found(tmp_path):
     block = "source.block_tile(kShape, blockIdx.x)"
     edit = ("cuda/loop.cuh", block, block.replace("blockIdx.x", "blockIdx.x - (blockIdx.x == 3)"))

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from nets import Net
+from runs import needs_a_real_gpu
 
 import fused_ema
 from bench.launches import no_synchronisation, trace
@@ -195,6 +196,7 @@ def test_a_side_stream():
     assert_bits_equal(ema[0], expected)
 
 
+@needs_a_real_gpu
 def test_a_side_stream_does_not_wait_for_the_current_one():
     ema, params = lists()
     plan = fused_ema.Plan(ema, params)

@@ -1,0 +1,357 @@
+"""python -m bench verdict: what the records of GPU runs say of the project's targets.
+
+Reads JSON files of `python -m bench` and its commands, in any number and order, and prints a line a
+target: what was asked, what the worst case of the records shows, and whether that is enough. What
+no record speaks of is "not measured". With --markdown also the tables of the README.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from bench.providers import CAPTURED, COMPILED, OWN_COPY, PLAN, TRITON
+
+Record = report.Record
+F32, MIXED, BF16 = ("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")
+_LARGE_BYTES = 256e6  # Of a list: what an L2 cache has no part in.
+_MODELS = ("vit_l16", "sdxl_unet", "llama3_8b")
+FOREACH = "foreach lerp_"
+NAIVE_SWAP = "clone and two copies"
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A value, and the case that it was seen in."""
+
+    value: float
+    where: str
+
+
+class Records:
+    """What the files hold, by kind."""
+
+    def __init__(self, contents: Iterable[dict[str, Any]]) -> None:
+        self.ops: list[Record] = []
+        self.launches: list[Record] = []
+        self.steps: list[dict[str, Any]] = []
+        self.environments: list[dict[str, Any]] = []
+        for content in contents:
+            if content["environment"]["device"] != "cuda":
+                continue
+            self.environments.append(content["environment"])
+            self.steps += content.get("results", [])
+            for r in content.get("records", []):
+                if "provider" in r and "ms" in r:
+                    self.ops.append(r)
+                elif "kernels" in r:
+                    self.launches.append(r)
+        # A run that was asked for one provider has others beside it; the first file counts.
+        self._by_key: dict[tuple[str, ...], Record] = {}
+        for r in self.ops:
+            self._by_key.setdefault(_key(r), r)
+
+    def find(self, like: Record, provider: str) -> Record | None:
+        """The record of another provider on the same tensors."""
+        return self._by_key.get((*_key(like)[:-1], provider))
+
+    def plans(
+        self, op: str, pair: tuple[str, str], provider: str = PLAN, cases: Sequence[str] = ()
+    ) -> list[Record]:
+        """Records of that provider, in cold caches; of all cases unless some are named."""
+        return [
+            r
+            for r in self._by_key.values()
+            if (r["op"], r["ema_dtype"], r["param_dtype"]) == (op, *pair)
+            and r["provider"] == provider
+            and r["cache"] == "cold"
+            and (not cases or r["case"] in cases)
+        ]
+
+
+def _key(r: Record) -> tuple[str, ...]:
+    return r["case"], r["op"], r["ema_dtype"], r["param_dtype"], r["cache"], r["provider"]
+
+
+def _list_bytes(r: Record) -> float:
+    sizes = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+    return float(r["num_elements"] * (sizes[r["ema_dtype"]] + sizes[r["param_dtype"]]))
+
+
+# ---- what is asked
+
+
+@dataclass(frozen=True)
+class Target:
+    """One line.
+
+    Attributes:
+        what: The line's beginning.
+        bound: What is asked of every value.
+        unit: Behind a value: "x", "us" or "" for a fraction.
+        values: Finds them; none where nothing was measured.
+        at_most: The bound is an upper one.
+    """
+
+    what: str
+    bound: float
+    unit: str
+    values: Callable[[Records], list[Seen]]
+    at_most: bool = False
+
+    def worst(self, records: Records) -> Seen | None:
+        """The value that is furthest on the wrong side."""
+        values = self.values(records)
+        if not values:
+            return None
+        return (max if self.at_most else min)(values, key=lambda seen: seen.value)
+
+    def is_met(self, seen: Seen) -> bool:
+        """Whether a value is enough."""
+        return seen.value <= self.bound if self.at_most else seen.value >= self.bound
+
+
+def _fraction_of_copy(op: str, pair: tuple[str, str]) -> Callable[[Records], list[Seen]]:
+    def values(records: Records) -> list[Seen]:
+        return [
+            Seen(r["fraction_of_copy"], r["case"])
+            for r in records.plans(op, pair)
+            if _list_bytes(r) >= _LARGE_BYTES and r["fraction_of_copy"]
+        ]
+
+    return values
+
+
+def _faster_than(
+    op: str, pair: tuple[str, str], cases: Sequence[str], *others: str, field: str = "ms"
+) -> Callable[[Records], list[Seen]]:
+    """Without others: than the fastest way of torch."""
+
+    def values(records: Records) -> list[Seen]:
+        found = []
+        for r in records.plans(op, pair, cases=cases):
+            against = [records.find(r, name) for name in others] if others else [_best(records, r)]
+            found += [
+                Seen(other[field] / r[field], f"{r['case']}, {other['provider']}")
+                for other in against
+                if other is not None and other[field] and r[field]
+            ]
+        return found
+
+    return values
+
+
+def _best(records: Records, like: Record) -> Record | None:
+    same = _key(like)[:-1]
+    torch_ways = (r for r in records.ops if r["kind"] == "torch" and _key(r)[:-1] == same)
+    return min(torch_ways, key=lambda r: float(r["ms"]), default=None)
+
+
+def _large_best(records: Records) -> list[Seen]:
+    large = [r["case"] for r in records.plans("update", MIXED) if _list_bytes(r) >= _LARGE_BYTES]
+    return _faster_than("update", MIXED, large)(records) if large else []
+
+
+def _against_aligned(records: Records) -> list[Seen]:
+    found = []
+    for pair in (F32, MIXED, BF16):
+        for case, aligned in (("odd", "even"), ("misaligned", "medium")):
+            rows = {r["case"]: r for r in records.plans("update", pair, cases=(case, aligned))}
+            if len(rows) == 2:
+                value = rows[case]["gb_per_s"] / rows[aligned]["gb_per_s"]
+                found.append(Seen(value, f"{case}, {'/'.join(pair)}"))
+    return found
+
+
+def _micro(field: str, case: str, provider: str = PLAN) -> Callable[[Records], list[Seen]]:
+    scale = 1e3 if field == "ms" else 1.0
+    return lambda records: [
+        Seen(r[field] * scale, case)
+        for r in records.plans("update", F32, provider, (case,))
+        if r[field] is not None
+    ]
+
+
+def _captured_beyond(records: Records) -> list[Seen]:
+    found = []
+    for r in records.plans("update", F32, CAPTURED):
+        plan = records.find(r, PLAN)
+        # Of long kernels two microseconds are far below the spread.
+        if plan is not None and plan["ms"] < 0.2:
+            found.append(Seen((r["ms"] - plan["ms"]) * 1e3, r["case"]))
+    return found
+
+
+def _launches(what: str) -> Callable[[Records], list[Seen]]:
+    return lambda records: [
+        Seen(r[what], f"{r['case']} {r['op']}") for r in records.launches if r["provider"] == PLAN
+    ]
+
+
+TARGETS: tuple[Target, ...] = (
+    Target("one launch: update, swap, copy", 1, "", _launches("kernels"), at_most=True),
+    Target("host synchronisations", 0, "", _launches("waits"), at_most=True),
+    Target("update fp32, of copy", 1.00, "", _fraction_of_copy("update", F32)),
+    Target("update fp32/bf16, of copy", 0.97, "", _fraction_of_copy("update", MIXED)),
+    Target("update fp32/bf16, against best torch", 2.0, "x", _large_best),
+    Target("update bf16, of copy", 0.95, "", _fraction_of_copy("update", BF16)),
+    Target(
+        "update fp32, against foreach", 1.15, "x", _faster_than("update", F32, _MODELS, FOREACH)
+    ),
+    Target("10,000 x 64 on the device", 20, "us", _micro("ms", "small"), at_most=True),
+    Target(
+        "10,000 x 64 end to end, against foreach",
+        20,
+        "x",
+        _faster_than("update", F32, ("small",), FOREACH, field="wall_us"),
+    ),
+    Target("odd sizes and misaligned, of aligned", 0.90, "", _against_aligned),
+    Target("swap fp32, of copy", 0.95, "", _fraction_of_copy("swap", F32)),
+    Target(
+        "swap, against clone and two copies", 1.4, "x", _faster_than("swap", F32, (), NAIVE_SWAP)
+    ),
+    Target("host time, 500 tensors", 12, "us", _micro("host_us", "small_500"), at_most=True),
+    Target("host time, 5,000 tensors", 60, "us", _micro("host_us", "small_5000"), at_most=True),
+    Target(
+        "host time, against foreach",
+        20,
+        "x",
+        _faster_than("update", F32, ("small_500", "small_5000"), FOREACH, field="host_us"),
+    ),
+    Target("captured, beyond the bare kernel", 2, "us", _captured_beyond, at_most=True),
+    Target(
+        "against Triton",
+        1.0,
+        "x",
+        lambda records: [
+            seen
+            for pair in (F32, MIXED, BF16)
+            for seen in _faster_than("update", pair, (), TRITON)(records)
+        ],
+    ),
+    Target("against compiled foreach", 1.0, "x", _faster_than("update", F32, (), COMPILED)),
+)
+
+
+# ---- what comes out
+
+
+def lines(records: Records) -> list[tuple[str, ...]]:
+    """What, asked, seen, where, verdict."""
+    rows: list[tuple[str, ...]] = []
+    for target in TARGETS:
+        sign = "<=" if target.at_most else ">="
+        asked = f"{sign} {_shown(target.bound, target.unit)}"
+        seen = target.worst(records)
+        if seen is None:
+            rows.append((target.what, asked, "", "", "not measured"))
+        else:
+            verdict = "met" if target.is_met(seen) else "MISSED"
+            rows.append((target.what, asked, _shown(seen.value, target.unit), seen.where, verdict))
+    return rows
+
+
+def _shown(value: float, unit: str) -> str:
+    if unit == "us":
+        return f"{value:.1f} us"
+    return f"{value:.2f}{unit}" if value != int(value) or unit else f"{value:.0f}"
+
+
+def table(records: Records) -> report.Table:
+    """All targets."""
+    headers = ("target", "asked", "worst seen", "where", "")
+    return report.Table(f"Targets: {described(records)}", headers, tuple(lines(records)))
+
+
+def described(records: Records) -> str:
+    """Which GPU, torch and foreach the figures are of."""
+    told = dict.fromkeys(
+        f"{e['device_name']}, torch {e['torch_version']} (CUDA {e['torch_cuda']}; its foreach "
+        f"passes {e['foreach_arguments']} of arguments)"
+        for e in records.environments
+    )
+    return "; ".join(told) or "no record of a GPU"
+
+
+def summary(records: Records) -> report.Table:
+    """The plan against torch, Triton and the compiled foreach, a row for each list."""
+    headers = (
+        *("list", "op", "ema/param", "GB/s", "of copy"),
+        *("naive", "foreach", "best torch", "Triton", "compiled"),
+    )
+    rows = []
+    for plan in (r for r in records.ops if r["provider"] == PLAN and r["cache"] == "cold"):
+        same = [r for r in records.ops if _key(r)[:-1] == _key(plan)[:-1]]
+
+        def faster(field: str, value: str, plan: Record = plan, same: list[Record] = same) -> str:
+            times = [r["ms"] for r in same if r[field] == value]
+            return f"{min(times) / plan['ms']:.2f}x" if times else ""
+
+        note = f", {plan['note'].partition(',')[0]}" if plan["note"] else ""
+        rows.append(
+            (
+                plan["title"] + note,
+                plan["op"],
+                f"{plan['ema_dtype']}/{plan['param_dtype']}",
+                f"{plan['gb_per_s']:,.0f}",
+                f"{plan['fraction_of_copy']:.0%}" if plan["fraction_of_copy"] else "",
+                faster("family", "naive"),
+                faster("family", "foreach"),
+                faster("kind", "torch"),
+                faster("provider", TRITON),
+                faster("provider", COMPILED),
+            )
+        )
+    return report.Table("fused_ema plan: how many times faster", headers, tuple(rows))
+
+
+def copy_speed(records: Records) -> str:
+    """The limit: what the project's own copy kernel reaches on one large flat pair."""
+    speeds = [
+        r["gb_per_s"] for r in records.ops if r["provider"] == OWN_COPY and r["case"] == "single"
+    ]
+    return f"own copy kernel: {max(speeds):,.0f} GB/s" if speeds else ""
+
+
+def step_lines(records: Records) -> list[str]:
+    """What averaging adds to a training step, a line for each stack."""
+    found = []
+    for result in records.steps:
+        rows = {r["way"]: r for r in result["rows"]}
+        parts = [
+            f"{name} {rows[name]['share_of_step']:.2%}"
+            for name in ("naive", "foreach", "manager", "side stream", "captured")
+            if name in rows
+        ]
+        found.append(
+            f"{result['title']}: of a step of {rows['off']['ms']:.1f} ms, {', '.join(parts)}"
+        )
+    return found
+
+
+def markdown(shown: report.Table) -> str:
+    """A table as the README has them."""
+    rows = (shown.headers, ("---",) * len(shown.headers), *shown.rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Judges records; the exit status is 1 where a target was missed."""
+    parser = argparse.ArgumentParser(
+        "python -m bench verdict", description="Records of a GPU against the project's targets."
+    )
+    parser.add_argument("files", type=Path, nargs="+", help="JSON files of python -m bench")
+    parser.add_argument("--markdown", action="store_true", help="tables for the README as well")
+    args = parser.parse_args(argv)
+    records = Records(json.loads(path.read_text(encoding="utf-8")) for path in args.files)
+    shown = table(records)
+    report.show(shown)
+    for line in (copy_speed(records), *step_lines(records)):
+        if line:
+            print(line)
+    if args.markdown:
+        print(markdown(shown), markdown(summary(records)), sep="\n\n")
+    return int(any(row[-1] == "MISSED" for row in shown.rows))

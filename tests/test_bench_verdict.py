@@ -1,0 +1,163 @@
+import json
+
+import pytest
+
+from bench import __main__ as cli
+from bench import verdict
+from bench.providers import CAPTURED, COMPILED, OWN_COPY, PLAN, TRITON
+from bench.verdict import TARGETS, Records
+
+ENVIRONMENT = {
+    "device": "cuda",
+    "device_name": "GPU",
+    "torch_version": "2.11.0",
+    "torch_cuda": "13.0",
+    "foreach_arguments": "4 KB",
+}
+F32, MIXED = "float32/float32", "float32/bfloat16"
+
+
+def op(case, provider, ms, *, pair=F32, op="update", elements=10**8, **more):
+    """A record with round figures: a speed of a million over the milliseconds."""
+    families = {"fused": "ours", "own c": "limit", "trito": "triton", "naive": "naive"}
+    family = families.get(provider[:5], "compile" if provider == COMPILED else "foreach")
+    ema, param = pair.split("/")
+    return {
+        **{"case": case, "title": case, "op": op, "provider": provider, "family": family},
+        **{"kind": family if family in ("ours", "limit", "triton") else "torch", "cache": "cold"},
+        **{"ema_dtype": ema, "param_dtype": param, "num_elements": elements, "note": ""},
+        **{"ms": ms, "gb_per_s": 1e6 / ms, "fraction_of_copy": 1 / ms},
+        **{"host_us": 10.0, "wall_us": 1000 * ms, **more},
+    }
+
+
+def judged(*contents):
+    records = Records({"environment": ENVIRONMENT, **content} for content in contents)
+    return {row[0]: row[1:] for row in verdict.lines(records)}
+
+
+def test_nothing_measured_is_said_for_every_target():
+    rows = judged()
+    assert len(rows) == len(TARGETS)
+    assert {row[-1] for row in rows.values()} == {"not measured"}
+
+
+def test_records_of_a_processor_do_not_count():
+    content = {"environment": ENVIRONMENT | {"device": "cpu"}, "records": [op("single", PLAN, 1.0)]}
+    records = Records([content])
+    assert records.ops == []
+    assert verdict.described(records) == "no record of a GPU"
+
+
+def test_the_worst_case_counts():
+    rows = judged(
+        {"records": [op("single", PLAN, 0.99), op("vit_l16", PLAN, 1.25)]},
+        {"records": [op("small", PLAN, 9.0, elements=640_000)]},  # Too small a list to be asked.
+    )
+    assert rows["update fp32, of copy"] == (">= 1", "0.80", "vit_l16", "MISSED")
+    assert judged({"records": [op("single", PLAN, 0.99)]})["update fp32, of copy"][-1] == "met"
+
+
+def test_a_hot_record_does_not_count():
+    assert judged({"records": [op("single", PLAN, 2.0, cache="hot")]})["update fp32, of copy"] == (
+        *(">= 1", "", "", "not measured"),
+    )
+
+
+def test_against_others_on_the_same_tensors():
+    rows = judged(
+        {
+            "records": [
+                op("vit_l16", PLAN, 2.0),
+                op("vit_l16", "foreach lerp_", 2.2),
+                op("vit_l16", "naive lerp_", 1.0),
+                op("vit_l16", TRITON, 1.9),
+                op("vit_l16", PLAN, 1.0, pair=MIXED),
+                op("vit_l16", TRITON, 1.5, pair=MIXED),
+                op("vit_l16", "foreach cast lerp_", 2.6, pair=MIXED),
+                op("vit_l16", "naive mul_ add_", 2.4, pair=MIXED),
+                op("resnet50", PLAN, 1.0),
+                op("resnet50", COMPILED, 1.5),
+            ]
+        }
+    )
+    assert rows["update fp32, against foreach"] == (
+        *(">= 1.15x", "1.10x", "vit_l16, foreach lerp_", "MISSED"),
+    )
+    assert rows["update fp32/bf16, against best torch"] == (
+        *(">= 2.00x", "2.40x", "vit_l16, naive mul_ add_", "met"),
+    )
+    assert rows["against Triton"] == (">= 1.00x", "0.95x", "vit_l16, triton", "MISSED")
+    assert rows["against compiled foreach"][1:] == ("1.50x", f"resnet50, {COMPILED}", "met")
+
+
+def test_small_lists_in_microseconds_and_end_to_end():
+    rows = judged(
+        {
+            "records": [
+                op("small", PLAN, 0.015),
+                op("small", CAPTURED, 0.018),
+                op("small", "foreach lerp_", 2.0, wall_us=400.0),
+                op("small_500", PLAN, 0.01, host_us=12.0),
+                op("small_500", "foreach lerp_", 0.1, host_us=120.0),
+                op("single", PLAN, 5.0),
+                op("single", CAPTURED, 5.9),
+            ]
+        }
+    )
+    assert rows["10,000 x 64 on the device"] == ("<= 20.0 us", "15.0 us", "small", "met")
+    assert rows["10,000 x 64 end to end, against foreach"][1:] == (
+        *("26.67x", "small, foreach lerp_", "met"),
+    )
+    assert rows["host time, 500 tensors"] == ("<= 12.0 us", "12.0 us", "small_500", "met")
+    assert rows["host time, against foreach"][1] == "10.00x"
+    assert rows["host time, 5,000 tensors"][-1] == "not measured"
+    assert rows["captured, beyond the bare kernel"] == ("<= 2.0 us", "3.0 us", "small", "MISSED")
+
+
+def test_odd_and_misaligned_lists_against_aligned_ones():
+    rows = judged(
+        {
+            "records": [
+                op("odd", PLAN, 1.0),
+                op("even", PLAN, 0.95),
+                op("misaligned", PLAN, 1.0, pair=MIXED),
+                op("medium", PLAN, 0.5, pair=MIXED),
+                op("misaligned", PLAN, 9.0),  # Its aligned list was not measured.
+            ]
+        }
+    )
+    assert rows["odd sizes and misaligned, of aligned"] == (
+        *(">= 0.90", "0.50", "misaligned, float32/bfloat16", "MISSED"),
+    )
+
+
+def test_launches():
+    row = {"case": "small", "op": "swap", "provider": PLAN, "kernels": 1, "copies": 0, "waits": 0}
+    other = {**row, "provider": "foreach lerp_", "kernels": 157}
+    rows = judged({"records": [row, other]})
+    assert rows["one launch: update, swap, copy"] == ("<= 1", "1", "small swap", "met")
+    assert rows["host synchronisations"] == ("<= 0", "0", "small swap", "met")
+    assert judged({"records": [{**row, "waits": 2}]})["host synchronisations"][1:] == (
+        *("2", "small swap", "MISSED"),
+    )
+
+
+@pytest.mark.parametrize(("ms", "status"), [(0.9, 0), (1.1, 1)])
+def test_command_names_the_foreach_and_tells_by_its_status(ms, status, tmp_path, capsys):
+    ways = ("off", "naive", "foreach", "manager", "side stream", "captured off", "captured")
+    rows = [{"way": way, "ms": 100.0, "share_of_step": 0.01} for way in ways]
+    contents = [
+        {"records": [op("single", PLAN, ms), op("single", OWN_COPY, 1.0, op="copy")]},
+        {"results": [{"title": "ViT-L/16", "rows": rows}]},
+    ]
+    files = []
+    for i, content in enumerate(contents):
+        files.append(str(tmp_path / f"{i}.json"))
+        (tmp_path / f"{i}.json").write_text(json.dumps({"environment": ENVIRONMENT, **content}))
+    assert cli.main(["verdict", *files, "--markdown"]) == status
+    printed = capsys.readouterr().out
+    assert "Targets: GPU, torch 2.11.0 (CUDA 13.0; its foreach passes 4 KB of arguments)" in printed
+    assert "own copy kernel: 1,000,000 GB/s" in printed
+    assert "ViT-L/16: of a step of 100.0 ms, naive 1.00%, foreach 1.00%, manager 1.00%" in printed
+    assert f"| single | update | {F32} | {1e6 / ms:,.0f} | {1 / ms:.0%} |" in printed
