@@ -151,12 +151,7 @@ def make_records(rows: Sequence[dict[str, float]], max_elements: int) -> list[re
         moved = row["bytes_read"] + row["bytes_written"]
         records.append(
             {
-                "case": case_name,
-                "op": operation.op,
-                "ema_dtype": pair.split("/")[0],
-                "param_dtype": pair.split("/")[1],
-                "num_tensors": case.num_tensors,
-                "num_elements": case.num_elements,
+                **report.what(case, operation.op, pair),
                 "bytes": least,
                 "bytes_moved": moved,
                 "moved_of_least": moved / least,

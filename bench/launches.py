@@ -118,18 +118,8 @@ def run(case_names: Sequence[str], max_elements: int) -> dict[str, Any]:
                     if provider.family not in ("ours", "foreach") or provider.is_captured:
                         continue  # A replay launches what was captured.
                     seen = count(provider, lists)
-                    records.append(
-                        {
-                            "case": name,
-                            "op": op,
-                            "ema_dtype": pair.split("/")[0],
-                            "param_dtype": pair.split("/")[1],
-                            "num_tensors": case.num_tensors,
-                            "num_elements": case.num_elements,
-                            "provider": provider.name,
-                            **asdict(seen),
-                        }
-                    )
+                    facts = report.what(case, op, pair)
+                    records.append({**facts, "provider": provider.name, **asdict(seen)})
                     if problem := wrong(provider, case.num_tensors, seen):
                         failures.append(f"{provider.name}, {name} {op} {pair}: {problem}")
     return {"failures": failures, "records": records}

@@ -44,6 +44,19 @@ class Measured(NamedTuple):
     wall_s: float | None
 
 
+def what(case: Case, op: str, pair: str) -> Record:
+    """What a record says of the tensors and of what was done with them."""
+    ema_dtype, param_dtype = pair.split("/")
+    return {
+        "case": case.name,
+        "op": op,
+        "ema_dtype": ema_dtype,
+        "param_dtype": param_dtype,
+        "num_tensors": case.num_tensors,
+        "num_elements": case.num_elements,
+    }
+
+
 def make_records(
     case: Case,
     op: str,
@@ -53,18 +66,12 @@ def make_records(
     measured: Sequence[Measured],
 ) -> list[Record]:
     """One record a provider of one table."""
-    ema_dtype, param_dtype = pair.split("/")
     shared = {
-        "case": case.name,
+        **what(case, op, pair),
         "title": case.title,
-        "op": op,
         "device": device.type,
         "device_name": device_name(device),
-        "ema_dtype": ema_dtype,
-        "param_dtype": param_dtype,
         "cache": cache,
-        "num_tensors": case.num_tensors,
-        "num_elements": case.num_elements,
         "note": case.note,
         "num_threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
