@@ -50,7 +50,7 @@ __device__ __forceinline__ void run_bulk_tile(const Op& op, A* a, B* b) {
   barrier.wait(std::move(token));
   // Not unrolled: what is in shared memory needs no registers to wait in.
 #pragma unroll 1
-  for (int u = 0; u < kShape.unroll; ++u) {
+  for (int u = 0; u < kUnroll; ++u) {
     const int i = u * kThreadsPerBlock + rank;
     Vec<A, kVec> va;
     Vec<B, kVec> vb;

@@ -48,52 +48,51 @@ def _warps(warps: int) -> Edit:
     return "tiles.h", "kWarpsPerBlock = 8;", f"kWarpsPerBlock = {warps};"
 
 
-def _unroll(wide: int, narrow: int) -> Edit:
-    return "tiles.h", "bytes > 32 ? 2 : 4", f"bytes > 32 ? {wide} : {narrow}"
+def _unroll(vectors: int) -> Edit:
+    return "tiles.h", "kUnroll = 4;", f"kUnroll = {vectors};"
 
 
-_LOAD = "copy_packets(&to, reinterpret_cast<const Vec<T, N>*>(from));"
-_STORE = "copy_packets(reinterpret_cast<Vec<T, N>*>(to), &from);"
+_LOAD = "copy_packet(&to, reinterpret_cast<const Vec<T, N>*>(from));"
+_STORE = "copy_packet(reinterpret_cast<Vec<T, N>*>(to), &from);"
 
 
 def _packets(name: str, access: str) -> Edit:
-    # A second copy_packets, in which `access` moves a packet from `from[i]` to `to[i]`.
+    # Another copy_packet, in which `access` moves the 16 bytes of `*from` to `*to`.
     text = f"""template <typename T, int N>
 __device__ __forceinline__ void {name}(Vec<T, N>* to_vec, const Vec<T, N>* from_vec) {{
-  uint4* to = reinterpret_cast<uint4*>(to_vec);
-  const uint4* from = reinterpret_cast<const uint4*>(from_vec);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Vec<T, N>) / kVectorBytes); ++i) {{
 #if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Vec<T, N>) == sizeof(uint4)) {{
+    uint4* to = reinterpret_cast<uint4*>(to_vec);
+    const uint4* from = reinterpret_cast<const uint4*>(from_vec);
     {access}
-#else
-    to[i] = from[i];
-#endif
+    return;
   }}
+#endif
+  copy_packet(to_vec, from_vec);
 }}
 
 """
-    return "cuda/vec.cuh", "// kAligned: 16-byte accesses.", text + "// kAligned: 16-byte accesses."
+    return "cuda/vec.cuh", "// kAligned: one access.", text + "// kAligned: one access."
 
 
 def _loads(access: str) -> tuple[Edit, Edit]:
-    renamed = _LOAD.replace("copy_packets", "load_packets")
-    return _packets("load_packets", access), ("cuda/vec.cuh", _LOAD, renamed)
+    renamed = _LOAD.replace("copy_packet", "load_packet")
+    return _packets("load_packet", access), ("cuda/vec.cuh", _LOAD, renamed)
 
 
 def _stores(access: str) -> tuple[Edit, Edit]:
-    renamed = _STORE.replace("copy_packets", "store_packets")
-    return _packets("store_packets", access), ("cuda/vec.cuh", _STORE, renamed)
+    renamed = _STORE.replace("copy_packet", "store_packet")
+    return _packets("store_packet", access), ("cuda/vec.cuh", _STORE, renamed)
 
 
 def _load_instruction(qualifiers: str) -> str:
     return (
         f'asm volatile("ld.global{qualifiers}.v4.u32 {{%0, %1, %2, %3}}, [%4];"'
-        ' : "=r"(to[i].x), "=r"(to[i].y), "=r"(to[i].z), "=r"(to[i].w) : "l"(from + i));'
+        ' : "=r"(to->x), "=r"(to->y), "=r"(to->z), "=r"(to->w) : "l"(from));'
     )
 
 
-_STORE_STREAMING = "__stcs(to + i, from[i]);"
+_STORE_STREAMING = "__stcs(to, *from);"
 
 _PERSISTENT: tuple[Edit, ...] = (
     (
@@ -159,28 +158,32 @@ _DEPENDENT: tuple[Edit, ...] = (
     ),
 )
 
-_WIDE: tuple[Edit, ...] = (
+# 16 bytes of the narrower side, so that a thread's part of the wider one is two accesses of which
+# each leaves every other half of a sector to the other. Matters to mixed pairs alone.
+_NARROW: tuple[Edit, ...] = (
+    ("tiles.h", "kVectorBytes / size_a}", "kVectorBytes / size_b}"),
     (
-        "tiles.h",
-        "kVectorBytes / (size_a < size_b ? size_a : size_b);",
-        "kVectorBytes / (size_a < size_b ? size_b : size_a);",
+        "cuda/vec.cuh",
+        "struct alignas(N * sizeof(T)) Vec {",
+        "struct alignas(kVectorBytes) Vec {",
     ),
     (
         "cuda/vec.cuh",
-        "struct alignas(kVectorBytes) Vec {\n"
-        "  static_assert(N * sizeof(T) % kVectorBytes == 0, "
-        '"a Vec is a whole number of 16-byte accesses");',
-        "struct alignas(N * sizeof(T) < kVectorBytes ? N * sizeof(T) : kVectorBytes) Vec {",
+        '  static_assert(sizeof(T) * N == sizeof(Packet), "a Vec moves in one access");\n',
+        "",
     ),
     (
         "cuda/vec.cuh",
-        "  constexpr int kPackets = sizeof(Vec<T, N>) / kVectorBytes;",
-        """  if constexpr (sizeof(Vec<T, N>) < kVectorBytes) {
-    static_assert(sizeof(Vec<T, N>) == 8, "half a packet");
-    *reinterpret_cast<uint64_t*>(to) = *reinterpret_cast<const uint64_t*>(from);
-    return;
-  }
-  constexpr int kPackets = sizeof(Vec<T, N>) / kVectorBytes;""",
+        "std::conditional_t<sizeof(T) * N == sizeof(uint4), uint4, uint2>",
+        "uint4",
+    ),
+    (
+        "cuda/vec.cuh",
+        "  *reinterpret_cast<Packet*>(to) = *reinterpret_cast<const Packet*>(from);",
+        """#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(Vec<T, N>) / sizeof(Packet)); ++i) {
+    reinterpret_cast<Packet*>(to)[i] = reinterpret_cast<const Packet*>(from)[i];
+  }""",
     ),
 )
 
@@ -189,7 +192,7 @@ _BULK: tuple[Edit, ...] = (
     (
         "cuda/loop.cuh",
         "    run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,",
-        """    if (is_aligned(static_cast<B*>(tile.b))) {
+        """    if (is_aligned<kVectorBytes / sizeof(B)>(static_cast<B*>(tile.b))) {
       run_bulk_tile<Op>(op, static_cast<A*>(tile.a), static_cast<B*>(tile.b));
       return;
     }
@@ -221,14 +224,14 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("4 blocks an SM", (_resident(4),)),
     Variant("128 threads", (_warps(4), _resident(6))),
     Variant("512 threads", (_warps(16), _resident(2))),
-    Variant("half the loads", (_unroll(1, 2), _resident(5))),
-    Variant("twice the loads", (_unroll(4, 8), _resident(2))),
-    Variant("vectors of the wide side", _WIDE),
+    Variant("half the loads", (_unroll(2), _resident(5))),
+    Variant("twice the loads", (_unroll(8), _resident(2))),
+    Variant("vectors of the narrow side", (*_NARROW, _unroll(2))),
     Variant("loads past L1", _loads(_load_instruction(".L1::no_allocate"))),
-    Variant("loads evict first", _loads("to[i] = __ldcs(from + i);")),
+    Variant("loads evict first", _loads("*to = __ldcs(from);")),
     Variant("loads fetch 256 B", _loads(_load_instruction(".L2::256B"))),
     Variant("stores evict first", _stores(_STORE_STREAMING)),
-    Variant("both evict first", (*_loads("to[i] = __ldcs(from + i);"), *_stores(_STORE_STREAMING))),
+    Variant("both evict first", (*_loads("*to = __ldcs(from);"), *_stores(_STORE_STREAMING))),
     Variant("persistent grid", _PERSISTENT),
     Variant("dependent launch", _DEPENDENT, on_host=False, least_arch=90),
     Variant("bulk copies", (*_BULK, _resident(4)), on_host=False, least_arch=90),

@@ -43,36 +43,33 @@ struct Tile {
   uint32_t pair;  // its index in the list of spans
 };
 
-// Elements a thread takes at once (vec: 16 bytes of the narrower type), how many such vectors a
-// thread loads before its first store (unroll), and the tiles that follow.
+// Vectors that a thread loads before its first store: 96 to 128 bytes in flight a thread, and with
+// 3 resident blocks of 256 threads 72 to 96 KB an SM, well above the 48 KB that an H200 needs
+// (CUB's min_bytes_in_flight).
+constexpr int kUnroll = 4;
+
+// Elements a thread takes at once, and the tiles that follow. A vector has 16 bytes of side a, the
+// wider one, so that neighbouring threads fill whole sectors in every access to either side.
 struct TileShape {
   int size_a, size_b;
-  int vec, unroll;
-  FUSED_EMA_HOST_DEVICE constexpr int warp_tile() const { return kWarpSize * vec * unroll; }
-  FUSED_EMA_HOST_DEVICE constexpr int block_tile() const { return kThreadsPerBlock * vec * unroll; }
+  int vec;
+  FUSED_EMA_HOST_DEVICE constexpr int warp_tile() const { return kWarpSize * vec * kUnroll; }
+  FUSED_EMA_HOST_DEVICE constexpr int block_tile() const {
+    return kThreadsPerBlock * vec * kUnroll;
+  }
 };
 
-// unroll is chosen for 96 to 128 bytes in flight a thread: with 3 resident blocks of 256 threads 72
-// to 96 KB an SM, well above the 48 KB that an H200 needs (CUB's min_bytes_in_flight).
 FUSED_EMA_HOST_DEVICE constexpr TileShape tile_shape(int size_a, int size_b) {
-  const int vec = kVectorBytes / (size_a < size_b ? size_a : size_b);
-  const int bytes = vec * (size_a + size_b);
-  return TileShape{size_a, size_b, vec, bytes > 32 ? 2 : 4};
+  return TileShape{size_a, size_b, kVectorBytes / size_a};
 }
 constexpr TileShape tile_shape(DtypePair pair) {
   return tile_shape(size_of(dtypes_of(pair).a), size_of(dtypes_of(pair).b));
 }
 
-// Elements before the first address where a, and where possible b too, is 16-byte aligned.
-FUSED_EMA_HOST_DEVICE constexpr int head_elements(const TileShape& shape, uintptr_t a,
-                                                  uintptr_t b) {
-  const int vec_a = kVectorBytes / shape.size_a;
-  const int vec_b = kVectorBytes / shape.size_b;
-  const int head_a = static_cast<int>(a / shape.size_a % vec_a);
-  const int head_b = static_cast<int>(b / shape.size_b % vec_b);
-  const int to_a = (vec_a - head_a) % vec_a;
-  const int to_b = (vec_b - head_b) % vec_b;
-  return to_b % vec_a == to_a ? to_b : to_a;
+// Elements before the first whole vector of a; and of b, where any head aligns both.
+FUSED_EMA_HOST_DEVICE constexpr int head_elements(const TileShape& shape, uintptr_t a) {
+  const int past = static_cast<int>(a / shape.size_a % shape.vec);
+  return (shape.vec - past) % shape.vec;
 }
 
 // How many tiles of which kind one pair gives.
@@ -86,8 +83,7 @@ FUSED_EMA_HOST_DEVICE inline Split split(const TileShape& shape, const Span& spa
   const int64_t warp_tile = shape.warp_tile();
   const int64_t block_tile = shape.block_tile();
   if (span.n <= warp_tile) return Split{0, 0, span.n > 0 ? 1 : 0};
-  const int head = head_elements(shape, reinterpret_cast<uintptr_t>(span.a),
-                                 reinterpret_cast<uintptr_t>(span.b));
+  const int head = head_elements(shape, reinterpret_cast<uintptr_t>(span.a));
   const int64_t body = span.n - head;
   const int64_t rest = body % block_tile;
   return Split{head, body / block_tile, (head > 0 ? 1 : 0) + (rest + warp_tile - 1) / warp_tile};

@@ -126,9 +126,9 @@ MUTATIONS = {
         "uint64_t{source.num_warp_tiles} / kWarpsPerBlock",
     ),
     "misaligned params are taken for aligned": (
-        "tiles.h",
-        "return to_b % vec_a == to_a ? to_b : to_a;",
-        "return to_b;",
+        "cuda/vec.cuh",
+        "return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vec<T, N>) == 0;",
+        "return pointer != nullptr;",
     ),
     "a block tile begins at the head": (
         "tiles.h",

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,23 +24,16 @@ ARCHS = ("80", "90", "100")
 # ---- What the design claims, worked out by hand from the rules at the top of csrc/tiles.h.
 
 
-class Tile(NamedTuple):
-    """What one thread moves of a full tile: unroll vectors of vec elements a side."""
-
-    unroll: int
-    vec: int  # 16 bytes of the narrower type
-    packets_a: int  # 16-byte accesses a vector
-    packets_b: int
-
-
-TILES = {
-    ("float", "float"): Tile(4, 4, 1, 1),
-    ("float", "BFloat16"): Tile(2, 8, 2, 1),
-    ("float", "Half"): Tile(2, 8, 2, 1),
-    ("double", "double"): Tile(4, 2, 1, 1),
-    ("BFloat16", "BFloat16"): Tile(4, 8, 1, 1),
-    ("Half", "Half"): Tile(4, 8, 1, 1),
-}
+SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Half": 2}  # bytes
+PAIRS = (
+    ("float", "float"),
+    ("float", "BFloat16"),
+    ("float", "Half"),
+    ("double", "double"),
+    ("BFloat16", "BFloat16"),
+    ("Half", "Half"),
+)
+UNROLL = 4  # vectors a thread of a full tile, each of 16 bytes of the wider side
 # (sides read, sides written), by the file and the start of the operation's name.
 OPERATIONS = {
     "update": {"Update<(Form)0, ": ("ab", "a"), "Update<(Form)1, ": ("ab", "a")},
@@ -57,10 +51,21 @@ class Moves(NamedTuple):
     """What a thread loads and stores in global memory on one way through a kernel."""
 
     wide_loads: int = 0  # of 16 bytes
+    half_loads: int = 0  # of 8
     narrow_loads: int = 0
     wide_stores: int = 0
+    half_stores: int = 0
     narrow_stores: int = 0
     late_loads: int = 0  # after a store
+
+
+def moves_of(loads: list[int], stores: list[int]) -> Moves:
+    """Of accesses of so many bytes; every load is issued before the first store."""
+
+    def counts(accesses: list[int]) -> tuple[int, int, int]:
+        return accesses.count(16), accesses.count(8), sum(size < 8 for size in accesses)
+
+    return Moves(*counts(loads), *counts(stores))
 
 
 # By what moves: the most loads that are issued and not yet used, in the worst of such ways.
@@ -68,48 +73,55 @@ Ways = dict[Moves, int]
 
 
 class Claim(NamedTuple):
-    tile: Tile
+    sizes: dict[str, int]  # bytes of an element, by side
     reads: str
     writes: str
     source: str
     op: str
 
-    def way(self, vectors: int, aligned_b: bool, odd: int, other: int) -> tuple[Moves, int]:
-        """Moves so many vectors, perhaps one odd element of each side, and has other loads."""
-        tile, reads, writes = self.tile, self.reads, self.writes
-        packets_b = tile.packets_b if aligned_b else 0
+    def accesses(self, side: str, vectors: int, aligned_b: bool, odd: int) -> list[int]:
+        """The bytes of each, for so many vectors and perhaps one odd element."""
+        vec = 16 // self.sizes["a"]
         # A b that no head aligns with a moves in elements.
-        elements_b = 0 if aligned_b else tile.vec * vectors
-        moves = Moves(
-            wide_loads=vectors * (tile.packets_a * ("a" in reads) + packets_b * ("b" in reads)),
-            narrow_loads=elements_b * ("b" in reads) + odd * len(reads) + other,
-            wide_stores=vectors * (tile.packets_a * ("a" in writes) + packets_b * ("b" in writes)),
-            narrow_stores=elements_b * ("b" in writes) + odd * len(writes),
-            late_loads=0,  # every load is issued before the first store
+        whole = [vec * self.sizes[side]] if side == "a" or aligned_b else [self.sizes[side]] * vec
+        return whole * vectors + [self.sizes[side]] * odd
+
+    def way(
+        self, vectors: int, aligned_b: bool, odd: int, others: Sequence[int] = ()
+    ) -> tuple[Moves, int]:
+        """Moves so many vectors, perhaps an odd element of each side, and has other loads."""
+        loads, stores = (
+            [size for side in sides for size in self.accesses(side, vectors, aligned_b, odd)]
+            for sides in (self.reads, self.writes)
         )
-        return moves, moves.wide_loads + moves.narrow_loads - other  # and before one is used
+        # Each load is issued before one is used.
+        return moves_of([*loads, *others], stores), len(loads)
 
     def loads_in_flight(self) -> int:
         """Of a full tile, both sides aligned."""
-        return self.way(self.tile.unroll, True, 0, 0)[1]
+        return self.way(UNROLL, True, 0)[1]
+
+    def bytes_in_flight(self) -> int:
+        """The same in bytes a thread."""
+        return sum(sum(self.accesses(side, UNROLL, True, 0)) for side in self.reads)
 
     def ways(self, block_tile: bool) -> Ways:
         """Every way through the kernel's block-tile side, or its warp-tile side."""
         from_table = self.source == "TableSource"
         # A momentum on the device is one more load.
-        momenta = (0, 1) if self.op == "update" else (0,)
+        momenta = ([], [8]) if self.op == "update" else ([],)
         if block_tile:  # full, and its table entry's two pointers are read, not its length
-            vectors, odds, entry = [self.tile.unroll], [0], 2 * from_table
+            vectors, odds, entry = [UNROLL], [0], [8, 8] * from_table
         else:
-            vectors, odds, entry = range(self.tile.unroll + 1), [0, 1], 3 * from_table
+            vectors, odds, entry = range(UNROLL + 1), [0, 1], [8, 8, 4] * from_table
         moving = (
-            self.way(n, aligned_b, odd, momentum + entry)
+            self.way(n, aligned_b, odd, [*momentum, *entry])
             for n in vectors
             for aligned_b in (True, False)
             for odd in odds
             for momentum in momenta
         )
-        idle = {} if block_tile else {Moves(narrow_loads=momentum): 0 for momentum in momenta}
+        idle = {} if block_tile else {moves_of(momentum, []): 0 for momentum in momenta}
         return idle | dict(moving)
 
 
@@ -117,10 +129,10 @@ def claims(op: str) -> dict[str, Claim]:
     """By kernel name."""
     return {
         f"tile_loop_kernel<{start}{a}, {b}>, {a}, {b}, {source}>": Claim(
-            tile, reads, writes, source, op
+            {"a": SIZES[a], "b": SIZES[b]}, reads, writes, source, op
         )
         for start, (reads, writes) in OPERATIONS[op].items()
-        for (a, b), tile in TILES.items()
+        for a, b in PAIRS
         for source in SOURCES
     }
 
@@ -403,11 +415,10 @@ def ways_through(code: list[Instruction], block_tile: bool, narrow_too: bool) ->
             if unused:  # whoever names a register of a load waits for it
                 unused = frozenset(load for load in unused if instruction.named.isdisjoint(load))
             if root in ("LDG", "STG"):
-                changed = ("wide_" if len(data) == 4 else "narrow_") + (
-                    "loads" if root == "LDG" else "stores"
-                )
+                width = {4: "wide", 2: "half"}.get(len(data), "narrow")
+                changed = f"{width}_{'loads' if root == 'LDG' else 'stores'}"
                 if root == "LDG":
-                    if moves.wide_stores or moves.narrow_stores:
+                    if moves.wide_stores or moves.half_stores or moves.narrow_stores:
                         moves = moves._replace(late_loads=moves.late_loads + 1)
                     if narrow_too or len(data) == 4:
                         unused |= {data}
@@ -445,10 +456,10 @@ def way_faults(found: Ways, claimed: Ways):
             yield f"has {found[moves]} of {in_flight} loads in flight in {moves}"
 
 
-def occupancy_faults(kernel: Kernel, loads_in_flight: int):
+def occupancy_faults(kernel: Kernel, bytes_a_thread: int):
     registers = -(-kernel.registers // 8) * 8  # handed out in eights
     blocks = min(2048 // THREADS, 65536 // (registers * THREADS))
-    if (in_flight := blocks * THREADS * 16 * loads_in_flight) < BYTES_IN_FLIGHT:
+    if (in_flight := blocks * THREADS * bytes_a_thread) < BYTES_IN_FLIGHT:
         yield f"has {in_flight} bytes in flight an SM, in {blocks} blocks"
 
 
@@ -465,7 +476,7 @@ def test_no_local_memory_no_generic_access_no_division(kernels):
     assert_none({name: [*instruction_faults(kernel)] for name, (kernel, _) in kernels.items()})
 
 
-def test_block_tiles_move_in_16_bytes_and_every_load_is_in_flight(kernels):
+def test_block_tiles_move_in_vectors_and_every_load_is_in_flight(kernels):
     assert_none(
         {
             name: [*block_tile_faults(kernel, claim.ways(block_tile=True))]
@@ -474,7 +485,7 @@ def test_block_tiles_move_in_16_bytes_and_every_load_is_in_flight(kernels):
     )
 
 
-def test_warp_tiles_move_in_16_bytes_and_every_vector_is_in_flight(kernels):
+def test_warp_tiles_move_in_vectors_and_every_wide_one_is_in_flight(kernels):
     assert_none(
         {
             name: [*warp_tile_faults(kernel, claim.ways(block_tile=False), narrow_too=False)]
@@ -495,7 +506,7 @@ def test_every_load_of_a_warp_tile_is_in_flight(kernels):
 def test_enough_bytes_in_flight_an_sm(kernels):
     assert_none(
         {
-            name: [*occupancy_faults(kernel, claim.loads_in_flight())]
+            name: [*occupancy_faults(kernel, claim.bytes_in_flight())]
             for name, (kernel, claim) in kernels.items()
         }
     )
@@ -504,7 +515,7 @@ def test_enough_bytes_in_flight_an_sm(kernels):
 def test_loads_in_flight_in_numbers():
     numbers = {
         start: [
-            claim.loads_in_flight()
+            (claim.loads_in_flight(), claim.bytes_in_flight())
             for name, claim in claims(op).items()
             if start in name and claim.source == "TableSource"
         ]
@@ -512,12 +523,13 @@ def test_loads_in_flight_in_numbers():
         for start in starts
     }
     # 96 to 128 bytes a thread, and less where one side is read.
+    both = [(8, 128), (8, 96), (8, 96), (8, 128), (8, 128), (8, 128)]
     assert numbers == {
-        "Update<(Form)0, ": [8, 6, 6, 8, 8, 8],
-        "Update<(Form)1, ": [8, 6, 6, 8, 8, 8],
-        "Swap<": [8, 6, 6, 8, 8, 8],
-        "Copy<true, ": [4, 2, 2, 4, 4, 4],
-        "Copy<false, ": [4, 4, 4, 4, 4, 4],
+        "Update<(Form)0, ": both,
+        "Update<(Form)1, ": both,
+        "Swap<": both,
+        "Copy<true, ": [(4, 64), (4, 32), (4, 32), (4, 64), (4, 64), (4, 64)],
+        "Copy<false, ": [(4, 64)] * 6,
     }
 
 
@@ -577,8 +589,8 @@ KERNEL divided_32(unsigned* to, unsigned x, unsigned y) { to[threadIdx.x] = x / 
 FAULTS = {
     "good": [],
     "narrow": [
-        r"no way for Moves\(wide_loads=2, narrow_loads=0, wide_stores=2,",
-        r"not claimed: Moves\(wide_loads=0, narrow_loads=2, wide_stores=0, narrow_stores=2,",
+        r"no way for Moves\(wide_loads=2, half_loads=0, narrow_loads=0, wide_stores=2,",
+        r"not claimed: Moves\(wide_loads=0, half_loads=2, narrow_loads=0, wide_stores=0, half_s",
     ],
     "one_by_one": [r"no way for Moves\(.*late_loads=0", r"not claimed: Moves\(.*late_loads=1"],
     "dependent": [r"has 1 of 2 loads in flight"],
@@ -608,7 +620,7 @@ def assert_faults(kernel, wanted, name):
         # Above its n, the kernel exits at once.
         assert [*warp_tile_faults(kernel, {Moves(): 0}, narrow_too=True)] == []
         assert [*warp_tile_faults(kernel, two, narrow_too=True)] != []
-        [fault] = occupancy_faults(kernel, loads_in_flight=1)
+        [fault] = occupancy_faults(kernel, bytes_a_thread=16)
         assert fault == "has 32768 bytes in flight an SM, in 8 blocks"
     for fault in found:
         assert any(re.search(pattern, fault) for pattern in wanted), (name, fault)

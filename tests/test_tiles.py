@@ -9,8 +9,8 @@ from fused_ema.testing import EDGE_SIZES
 
 SIZES = ((4, 4), (4, 2), (8, 8), (2, 2))
 WARP, BLOCK = 32, 256
-# Elements a thread takes at once, and how many such vectors: the shapes that tiles.h documents.
-SHAPES = {(4, 4): (4, 4), (4, 2): (8, 2), (8, 8): (2, 4), (2, 2): (8, 4)}
+# Elements that a thread takes at once: 16 bytes of the wider side. It takes four such vectors.
+VECTORS = {(4, 4): 4, (4, 2): 4, (8, 8): 2, (2, 2): 8}
 
 
 def tiles_of(spans, sizes):
@@ -47,8 +47,7 @@ def test_every_element_is_covered_once(sizes, offset_a, offset_b):
 
 @pytest.mark.parametrize("sizes", SIZES)
 def test_block_tiles_come_first_full_and_aligned(sizes):
-    vec, unroll = SHAPES[sizes]
-    block_tile, warp_tile = BLOCK * vec * unroll, WARP * vec * unroll
+    block_tile, warp_tile = BLOCK * VECTORS[sizes] * 4, WARP * VECTORS[sizes] * 4
     for offset_a, offset_b, n in itertools.product((0, 1, 2), (0, 1, 3), (1, 5000, 100_000)):
         a, b = 4096 + offset_a * sizes[0], (1 << 30) + offset_b * sizes[1]
         tiles = tiles_of([(a, b, n)], sizes)
@@ -73,11 +72,13 @@ def test_ten_thousand_small_tensors_are_ten_thousand_warps():
     assert not any(is_block for *_, is_block in tiles)
 
 
-def test_a_head_is_chosen_to_align_both_sides_where_one_exists():
-    # a is 16-byte aligned after 1, 5, 9 ... elements, b after 5: five elements align both.
-    tiles = tiles_of([(16 - 4, (1 << 20) + 16 - 10, 100_000)], (4, 2))
-    first_block = next(t for t in tiles if t[4])
-    assert first_block[1] == 5
+def test_a_head_aligns_the_narrow_side_too_where_any_does():
+    # Both sides miss a whole vector of four elements by one.
+    a, b = 16 - 4, (1 << 20) + 8 - 2
+    first_block = next(t for t in tiles_of([(a, b, 100_000)], (4, 2)) if t[4])
+    assert first_block[1:3] == (1, 1)
+    assert (a + 4) % 16 == 0
+    assert (b + 2) % 8 == 0
 
 
 def test_counts_need_64_bits():

@@ -1,16 +1,19 @@
-// Device only. Vectors of elements that move as whole 16-byte accesses.
+// Device only. Vectors of elements that move in one access.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../tiles.h"
 
 namespace fused_ema::cuda {
 
+// 16 bytes, or 8 of the narrower side of a pair.
 template <typename T, int N>
-struct alignas(kVectorBytes) Vec {
-  static_assert(N * sizeof(T) % kVectorBytes == 0, "a Vec is a whole number of 16-byte accesses");
+struct alignas(N * sizeof(T)) Vec {
+  using Packet = std::conditional_t<sizeof(T) * N == sizeof(uint4), uint4, uint2>;
+  static_assert(sizeof(T) * N == sizeof(Packet), "a Vec moves in one access");
   T e[N];
 };
 
@@ -24,26 +27,23 @@ __device__ __forceinline__ T* global_pointer(void* pointer) {
   return static_cast<T*>(pointer);
 }
 
-template <typename T>
+template <int N, typename T>
 __device__ __forceinline__ bool is_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+  return reinterpret_cast<uintptr_t>(pointer) % sizeof(Vec<T, N>) == 0;
 }
 
 template <typename T, int N>
-__device__ __forceinline__ void copy_packets(Vec<T, N>* to, const Vec<T, N>* from) {
-  constexpr int kPackets = sizeof(Vec<T, N>) / kVectorBytes;
-#pragma unroll
-  for (int i = 0; i < kPackets; ++i) {
-    reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
-  }
+__device__ __forceinline__ void copy_packet(Vec<T, N>* to, const Vec<T, N>* from) {
+  using Packet = typename Vec<T, N>::Packet;
+  *reinterpret_cast<Packet*>(to) = *reinterpret_cast<const Packet*>(from);
 }
 
-// kAligned: 16-byte accesses. Otherwise one access an element; neighbouring lanes still share
-// sectors, so the bytes moved stay the same.
+// kAligned: one access. Otherwise one an element; neighbouring lanes still share sectors, so the
+// bytes moved stay the same.
 template <bool kAligned, typename T, int N>
 __device__ __forceinline__ void load_vec(Vec<T, N>& to, const T* from) {
   if constexpr (kAligned) {
-    copy_packets(&to, reinterpret_cast<const Vec<T, N>*>(from));
+    copy_packet(&to, reinterpret_cast<const Vec<T, N>*>(from));
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) to.e[i] = from[i];
@@ -53,7 +53,7 @@ __device__ __forceinline__ void load_vec(Vec<T, N>& to, const T* from) {
 template <bool kAligned, typename T, int N>
 __device__ __forceinline__ void store_vec(T* to, const Vec<T, N>& from) {
   if constexpr (kAligned) {
-    copy_packets(reinterpret_cast<Vec<T, N>*>(to), &from);
+    copy_packet(reinterpret_cast<Vec<T, N>*>(to), &from);
   } else {
 #pragma unroll
     for (int i = 0; i < N; ++i) to[i] = from.e[i];

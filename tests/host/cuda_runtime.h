@@ -20,6 +20,9 @@
 struct dim3 {
   uint32_t x = 1, y = 1, z = 1;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
