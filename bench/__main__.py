@@ -209,48 +209,55 @@ def run_job(
         return outcome
 
     left = max(0.0, seconds - (time.perf_counter() - start))
-    host_s = _medians(*_host_calls(job, case, chosen, calls, settings), 0.15 * left, settings)
-    wall_s: dict[str, float] = {}
+    first = {name: own[:1] for name, own in calls.items()}
+    host_s, host_cold_s, wall_s = {}, {}, {}
     clock: timer.Clock = timer.CpuClock()
     if device.type == "cuda":
+        host_s = _medians(first, timer.HostClock(), 0.1 * left, settings)
+        if len(sets) > 1:
+            host_cold_s = _medians(calls, timer.HostClock(), 0.1 * left, settings)
         wall_s = _medians(calls, timer.WallClock(), 0.1 * left, settings)
         clock = timer.CudaClock()
+    else:
+        small = _one_element_calls(job, case, chosen, settings)
+        host_s = _medians(small, clock, 0.15 * left, settings)
     hot = not cold or sum(_num_bytes(lists) for lists in sets[:1]) < timer.HOT_BYTES
     for cache in ["cold"] * cold + ["hot"] * hot:
         timings = timer.interleave(
-            calls if cache == "cold" else {name: own[:1] for name, own in calls.items()},
+            calls if cache == "cold" else first,
             clock,
-            seconds=0.75 * left / (cold + hot),
+            seconds=0.7 * left / (cold + hot),
             rounds=settings.rounds,
             hot=cache == "hot",
             host_s=host_s,
         )
         rows = [
-            report.Measured(chosen[name], timing, host_s.get(name), wall_s.get(name))
+            report.Measured(
+                chosen[name],
+                timing,
+                {
+                    "host_us": host_s.get(name),
+                    "host_cold_us": host_cold_s.get(name),
+                    "wall_us": wall_s.get(name),
+                },
+            )
             for name, timing in timings.items()
         ]
         outcome.records += report.make_records(case, job.op, job.pair, cache, device, rows)
     return outcome
 
 
-def _host_calls(
-    job: Job,
-    case: Case,
-    chosen: dict[str, Provider],
-    calls: dict[str, list[Call]],
-    settings: Settings,
-) -> tuple[dict[str, list[Call]], timer.Clock]:
-    """What to time for the host's share of a call, and with which clock."""
-    if settings.device.type == "cuda":
-        return calls, timer.HostClock()
+def _one_element_calls(
+    job: Job, case: Case, chosen: dict[str, Provider], settings: Settings
+) -> dict[str, list[Call]]:
+    """What tells a processor's overhead from its work."""
     ema, param = providers.split_pair(job.pair)
     lists = timer.one_element_lists(case.num_tensors, ema, param, settings.device)
-    small = {
+    return {
         name: [provider.prepare(provider.target(lists), settings.momentum)]
         for name, provider in chosen.items()
         if provider.family != "compile"  # Other shapes would be compiled anew, for minutes.
     }
-    return small, timer.CpuClock()
 
 
 def _medians(

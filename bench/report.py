@@ -36,12 +36,19 @@ _PLOTTED_PAIRS = ("float32/float32", "float32/bfloat16")
 
 
 class Measured(NamedTuple):
-    """A provider and what it took, in seconds: on the device, on the host, and both until done."""
+    """A provider and what a call of it took.
+
+    Attributes:
+        provider: Whose call.
+        timing: On the device.
+        more_s: In seconds, or None where it wasn't measured. host_us: on the host, what it reads of
+            the tensors in its caches; host_cold_us: the same after many other tensors; wall_us:
+            from an idle device until it is done, after many other tensors.
+    """
 
     provider: Provider
     timing: Timing
-    host_s: float | None
-    wall_s: float | None
+    more_s: dict[str, float | None]
 
 
 def what(case: Case, op: str, pair: str) -> Record:
@@ -80,7 +87,7 @@ def make_records(
         "foreach_arguments": foreach_arguments(device),
     }
     records: list[Record] = []
-    for provider, timing, host_s, wall_s in measured:
+    for provider, timing, more_s in measured:
         num_bytes = provider.bytes_moved(pair, case.num_elements)
         records.append(
             {
@@ -94,8 +101,7 @@ def make_records(
                 "ms_p90": timing.p90 * 1e3,
                 "rounds": timing.rounds,
                 "gb_per_s": num_bytes / timing.median / 1e9,
-                "host_us": None if host_s is None else host_s * 1e6,
-                "wall_us": None if wall_s is None else wall_s * 1e6,
+                **{name: None if s is None else s * 1e6 for name, s in more_s.items()},
             }
         )
     copy = next((r["gb_per_s"] for r in records if r["provider"] == OWN_COPY), None)

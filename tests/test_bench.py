@@ -25,7 +25,7 @@ RECORD_FIELDS = {
     *("case", "op", "device", "device_name", "ema_dtype", "param_dtype", "provider"),
     *("num_tensors", "num_elements", "bytes", "ms", "ms_p10", "ms_p90", "gb_per_s", "host_us"),
     *("fraction_of_copy", "torch_version", "torch_cuda", "cache", "kind", "note", "rounds"),
-    *("num_threads", "fused_ema_version", "foreach_arguments", "wall_us"),
+    *("num_threads", "fused_ema_version", "foreach_arguments", "wall_us", "host_cold_us"),
 }
 TINY = ["--cases", "odd", "--max-elements", "5000", "--rounds", "2", "--device", "cpu"]
 
