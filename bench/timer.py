@@ -35,7 +35,8 @@ _MAX_CALLS = 1000
 _CHECKED_ELEMENTS = 2**24
 _PIECE = 2**14
 _CACHE_MULTIPLE = 4
-_MAX_SETS = 128
+# More would take longer to make than to measure: a set of many small tensors has few bytes.
+_MAX_SETS = {"cpu": 128, "cuda": 64}
 _CACHE_GUESS_BYTES = 32 * 2**20
 _TENSOR_BYTES = 512  # What torch keeps about a tensor, roughly: TensorImpl, StorageImpl, PyObject.
 
@@ -136,7 +137,7 @@ def num_cold_sets(data_bytes: int, num_tensors: int, cache: int, device_type: st
     """
     set_bytes = data_bytes + num_tensors * (_TENSOR_BYTES if device_type == "cpu" else 0)
     needed = math.ceil(_CACHE_MULTIPLE * cache / max(1, set_bytes))
-    return needed if needed <= _MAX_SETS else 0
+    return needed if needed <= _MAX_SETS[device_type] else 0
 
 
 def make_lists(case: Case, pair: str, device: torch.device, seed: int = 0) -> Lists:

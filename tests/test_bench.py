@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -224,6 +226,18 @@ def test_sample_is_everything_in_order_or_spread_over_large_tensors(monkeypatch)
     assert ema.tolist() == [i for low, high in expected for i in range(low, high)]
 
 
+def test_a_limit_stops_what_takes_longer():
+    handler = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(TimeoutError, match=r"it took more than 0\.05 s"), timer.limit(0.05):
+        time.sleep(10)
+    with timer.limit(10.0):
+        pass
+    with timer.limit(None):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is handler
+
+
 # ---- command line
 
 
@@ -316,6 +330,17 @@ def test_provider_that_raises(family, status, monkeypatch, capsys):
     printed = capsys.readouterr()
     where = printed.err if status else printed.out
     assert "broken on odd update float32/float32: no such thing\n" in where
+
+
+def test_a_provider_that_takes_too_long_is_left_out(monkeypatch, capsys):
+    def prepare(lists, momentum):
+        return lambda: time.sleep(10)
+
+    slow = Provider("slow", "compile", "update", prepare, limit_s=0.05)
+    monkeypatch.setattr(providers, "PROVIDERS", (*PROVIDERS, slow))
+    assert cli.main([*TINY, "--providers", "slow"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: slow on odd update float32/float32: it took more than 0.05 s" in printed
 
 
 @pytest.mark.parametrize(

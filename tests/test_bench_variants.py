@@ -1,6 +1,5 @@
 """The variants of the CUDA kernels: they apply, they compile, and on the host they are right."""
 
-import json
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +10,7 @@ from host import host_kernels
 from runs import needs_a_real_gpu
 
 from bench import __main__ as cli
-from bench import cases, providers, variants
-from bench.c_kernels import Operation
+from bench import variants
 from bench.variants import BASELINE, VARIANTS, Built, Variant
 
 
@@ -93,30 +91,14 @@ def test_needs_a_gpu_or_only_builds(monkeypatch, capsys):
 
 @pytest.mark.cuda
 @needs_a_real_gpu
-def test_run_on_a_gpu(tmp_path):
-    path = tmp_path / "variants.json"
-    argv = ["variants", "--variants", "4 blocks an SM", "--folder", str(tmp_path / "built")]
-    argv += ["--max-elements", "100000", "--rounds", "2", "--json", str(path)]
-    assert cli.main(argv) == 0
-    content = json.loads(path.read_text())
-    assert set(content["built"]) == {BASELINE, "4 blocks an SM"}
-    assert len(content["records"]) == 2 * len(variants.RUNS)
-
-
-@pytest.mark.cuda
-@needs_a_real_gpu
-def test_a_wrong_variant_is_found(tmp_path):
+def test_on_a_gpu_variants_are_timed_and_a_wrong_one_is_found(tmp_path):
     block = "source.block_tile(kShape, blockIdx.x)"
     edit = ("cuda/loop.cuh", block, block.replace("blockIdx.x", "blockIdx.x - (blockIdx.x == 3)"))
-    wrong = Variant("wrong", (edit,))
     arch = "".join(map(str, torch.cuda.get_device_capability()))
-    kernels = {
-        variant.name: variants.Kernels(variants.build(variant, tmp_path, arch).library)
-        for variant in (VARIANTS[0], wrong)
-    }
-    case = cases.load("odd", 1_000_000)
-    lists = providers.Lists(
-        *(cases.make_tensors(case, torch.float32, "cuda", 0, side) for side in ("ema", "param"))
-    )
-    found = variants.compare(kernels, Operation("update", "lerp", 0.125), lists)
-    assert list(found) == ["wrong"]
+    chosen = (VARIANTS[0], Variant("wrong", (edit,)))
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda variant: variants.build(variant, tmp_path, arch), chosen)
+        built = {variant.name: b for variant, b in zip(chosen, made, strict=True)}
+    records, failures = variants.run(built, 1_000_000, seconds=0, rounds=2)
+    assert len([r for r in records if r["variant"] == BASELINE]) == len(variants.RUNS)
+    assert "wrong, odd update float32/float32: " in " ".join(failures)

@@ -98,8 +98,8 @@ def test_small_lists_in_microseconds_and_end_to_end():
                 op("small", PLAN, 0.015),
                 op("small", CAPTURED, 0.018),
                 op("small", "foreach lerp_", 2.0, wall_us=400.0),
-                op("small_500", PLAN, 0.01, host_us=12.0),
-                op("small_500", "foreach lerp_", 0.1, host_us=120.0),
+                op("small_500", PLAN, 0.01, host_us=12.0, cache="hot"),
+                op("small_500", "foreach lerp_", 0.1, host_us=120.0, cache="hot"),
                 op("single", PLAN, 5.0),
                 op("single", CAPTURED, 5.9),
             ]
