@@ -370,6 +370,22 @@ def test_module_runs_as_a_command():
         assert name in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("launches", "torch sees no CUDA GPU here, and only a GPU has launches to count"),
+        ("counters", "torch sees no CUDA GPU here, and only a GPU has counters"),
+        ("variants", "torch sees no CUDA GPU here; --build-only needs none"),
+    ],
+)
+def test_commands_for_a_gpu_say_so(command, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([command])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_default_jobs_update_every_case_and_reach_every_op(device_type):
     jobs = cli.plan_jobs(None, None, None, device_type)

@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 from bench import __main__ as cli
 from bench import launches, providers
@@ -42,13 +41,6 @@ def test_table_has_a_line_a_list_and_the_best_foreach():
     assert table.rows == (
         ("small", "update", "float32/float32", "10,000", "1", "10 + 2, 1 waits", "157"),
     )
-
-
-def test_needs_a_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit):
-        cli.main(["launches"])
-    assert "only a GPU has launches to count" in capsys.readouterr().err
 
 
 @pytest.mark.cuda
