@@ -30,6 +30,7 @@ from fused_ema.__main__ import number
 MOMENTUM = 0.125
 _MAX_ELEMENTS = 2**26
 _TIMEOUT_S = 150.0
+_WARP_SIZE, _UNROLL = 32, 4
 
 _UPDATE = Operation("update", "lerp", MOMENTUM)
 RUNS: tuple[tuple[str, str, Operation], ...] = (
@@ -149,16 +150,29 @@ def make_records(rows: Sequence[dict[str, float]], max_elements: int) -> list[re
         case = cases.load(case_name, max_elements)
         least = providers.least_bytes(operation.op, *providers.split_pair(pair), case.num_elements)
         moved = row["bytes_read"] + row["bytes_written"]
+        in_flight = {}
+        if "active_warps" in row:
+            in_flight["in_flight_kb"] = row["active_warps"] * _warp_bytes(operation, pair) / 1024
         records.append(
             {
                 **report.what(case, operation.op, pair),
                 "bytes": least,
                 "bytes_moved": moved,
                 "moved_of_least": moved / least,
+                **in_flight,
                 **row,
             }
         )
     return records
+
+
+def _warp_bytes(operation: Operation, pair: str) -> int:
+    """What a warp of a full tile has asked for before its first store (csrc/tiles.h)."""
+    ema, param = (dtype.itemsize for dtype in providers.split_pair(pair))
+    reads_ema = operation.kind in ("update", "swap", "copy to params")
+    reads_param = operation.kind != "copy to params"
+    vector = 16 * reads_ema + 16 * param // ema * reads_param
+    return _WARP_SIZE * _UNROLL * vector
 
 
 def table(records: Sequence[report.Record]) -> report.Table:
@@ -166,6 +180,7 @@ def table(records: Sequence[report.Record]) -> report.Table:
     columns = {
         "memory_percent": "memory %",
         "active_warps_percent": "warps %",
+        "in_flight_kb": "KB in flight",
         "registers": "registers",
         "waves": "waves",
         "load_sector_use_percent": "load use %",

@@ -381,9 +381,10 @@ def _groups(records: Iterable[Record]) -> list[list[Record]]:
 
 def _title(r: Record) -> str:
     note = f", {r['note']}" if r["note"] else ""
-    return (
-        f"{r['case']} {r['op']} {_pair(r)} {r['cache']} - {r['title']}{note}: {_size(r)} elements"
-    )
+    # Which foreach it is decides how many launches it needs.
+    foreach = f", foreach with {r['foreach_arguments']}" if r["foreach_arguments"] else ""
+    where = f"{r['case']} {r['op']} {_pair(r)} {r['cache']}{foreach}"
+    return f"{where} - {r['title']}{note}: {_size(r)} elements"
 
 
 def _size(r: Record) -> str:
@@ -468,7 +469,9 @@ def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
             if record is None:
                 continue
             at = y + (i - 1) * bar
-            label = {"kernel": "fused_ema", "foreach": "torch._foreach"}.get(name, "naive loop")
+            arguments = record["foreach_arguments"]
+            foreach = "torch._foreach" + (f" ({arguments} of arguments)" if arguments else "")
+            label = {"kernel": "fused_ema", "foreach": foreach}.get(name, "naive loop")
             axis.barh(
                 at,
                 record["gb_per_s"],

@@ -441,6 +441,13 @@ def test_plain_table():
     ]
 
 
+def test_titles_say_which_foreach_it_was(whole_run):
+    records = whole_run[1]["records"]
+    on_a_gpu = [{**r, "foreach_arguments": "4 KB"} for r in records]
+    assert ", foreach with 4 KB - " in report.tables(on_a_gpu)[0].title
+    assert "foreach" not in report.tables(records)[0].title
+
+
 def test_tables_without_rich(whole_run, monkeypatch, capsys):
     monkeypatch.setattr(report, "find", lambda package: None)
     for table in report.tables(whole_run[1]["records"]):
