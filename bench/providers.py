@@ -83,8 +83,9 @@ class Provider:
 
     Attributes:
         name: What records and `--providers` call it. A name may have a row for each op.
-        family: "ours", "naive" (a loop over tensors), "foreach", "compile", "triton", "package", or
-            "limit": a yardstick that works on one flat pair, no competitor.
+        family: "ours", "naive" (a loop over tensors), "foreach", "captured" (a graph of one of
+            torch's ways), "compile", "triton", "package", or "limit": a yardstick that works on one
+            flat pair, no competitor.
         op: What it does.
         prepare: Takes the tensors and the momentum, returns the call that does the op once.
         pairs: Which dtype pairs it serves: "any", "same" (both dtypes equal) or "mixed".
@@ -355,7 +356,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("foreach cast lerp_", "foreach", "update", _foreach_cast_lerp, "mixed"),
     Provider(
         "foreach lerp_ captured",
-        "foreach",
+        "captured",
         "update",
         _captured_foreach_lerp,
         "same",

@@ -257,6 +257,15 @@ def print_failures(failures: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
+@contextmanager
+def stoppable(failures: list[str]) -> Iterator[None]:
+    """An interrupt ends the `with` as a failure, so that what was measured before it is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        failures.append("interrupted: only what was measured until then is here")
+
+
 # ---- tables
 
 

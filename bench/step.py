@@ -377,8 +377,9 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     device = torch.device(args.device)
     models = args.models or list(SIZES)
-    results = []
-    with report.measuring(device) as facts:
+    results: list[dict[str, Any]] = []
+    stopped: list[str] = []
+    with report.measuring(device) as facts, report.stoppable(stopped):
         for name in models:
             size = SIZES[name]["tiny" if args.tiny else "full"]
             seconds = args.seconds / len(models)
@@ -390,4 +391,5 @@ def main(argv: Sequence[str]) -> int:
         settings = {"momentum": MOMENTUM, "steps_a_sample": STEPS_A_SAMPLE, "tiny": args.tiny}
         report.write_json(args.json, facts, {"settings": settings, "results": results})
     report.warn_of_others(facts)
-    return report.print_failures([line for result in results for line in result["failures"]])
+    failures = [line for result in results for line in result["failures"]]
+    return report.print_failures(failures + stopped)

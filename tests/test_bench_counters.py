@@ -43,11 +43,16 @@ def test_records_say_how_many_bytes_were_too_many():
 def test_bytes_in_flight_follow_from_the_warps():
     rows = [{"bytes_read": 1.0, "bytes_written": 1.0, "active_warps": 24.0} for _ in RUNS]
     records = counters.make_records(rows, 1000)
-    in_flight = {(r["op"], r["ema_dtype"], r["param_dtype"]): r["in_flight_kb"] for r in records}
+    in_flight = {
+        (r["op"], r["ema_dtype"], r["param_dtype"]): r["in_flight_kb"]
+        for r in records
+        if r["case"] == "single"
+    }
     # 24 warps of 32 threads, with four vectors of 16 bytes of the wider side each.
     assert in_flight["update", "float32", "float32"] == 96
     assert in_flight["update", "float32", "bfloat16"] == 72
     assert in_flight["copy", "float32", "float32"] == 48
+    assert not any("in_flight_kb" in r for r in records if r["case"] != "single")
 
 
 def test_a_missing_launch_is_an_error():

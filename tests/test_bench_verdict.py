@@ -136,11 +136,21 @@ def test_launches():
     row = {"case": "small", "op": "swap", "provider": PLAN, "kernels": 1, "copies": 0, "waits": 0}
     other = {**row, "provider": "foreach lerp_", "kernels": 157}
     rows = judged({"records": [row, other]})
-    assert rows["one launch: update, swap, copy"] == ("<= 1", "1", "small swap", "met")
-    assert rows["host synchronisations"] == ("<= 0", "0", "small swap", "met")
-    assert judged({"records": [{**row, "waits": 2}]})["host synchronisations"][1:] == (
-        *("2", "small swap", "MISSED"),
+    assert rows["one launch: update, swap, copy"] == ("= 1", "1", "small swap", "met")
+    assert rows["host synchronisations"] == ("= 0", "0", "small swap", "met")
+    for waits in (2, -1):  # A profiler that sees less than nothing has seen nothing.
+        rows = judged({"records": [row, {**row, "case": "odd", "waits": waits, "kernels": 0}]})
+        assert rows["host synchronisations"][1:] == (str(waits), "odd swap", "MISSED")
+        assert rows["one launch: update, swap, copy"][1:] == ("0", "odd swap", "MISSED")
+
+
+def test_runs_are_not_mixed():
+    plan, other = op("resnet50", PLAN, 1.0), op("resnet50", COMPILED, 0.9)
+    assert judged({"records": [plan]}, {"records": [other]})["against compiled foreach"][-1] == (
+        "not measured"
     )
+    rows = judged({"records": [plan]}, {"records": [op("resnet50", PLAN, 0.8), other]})
+    assert rows["against compiled foreach"][1:] == ("1.12x", f"resnet50, {COMPILED}", "met")
 
 
 @pytest.mark.parametrize(("ms", "status"), [(0.9, 0), (1.1, 1)])

@@ -30,10 +30,11 @@ def limits():
 
 def test_each_half_ends_within_ten_minutes():
     unasked = re.search(r"\|\| PARTS=\((.*)\)", SCRIPT.read_text())[1].split()
-    assert unasked == ["build", "test", "sanitize", "launches", "bench", "step", "verdict"]
+    assert unasked == ["build", "test", "sanitize", "launches", "bench", "verdict"]
     others = [part for part in limits() if part not in unasked]
-    assert sum(limits()[part] for part in unasked) <= 600
-    assert sum(limits()[part] for part in ("build", *others, "verdict")) <= 600
+    # The rest is for the environment, and for parts that are slow to end.
+    assert sum(limits()[part] for part in unasked) <= 560
+    assert sum(limits()[part] for part in ("build", *others, "verdict")) <= 560
 
 
 def test_every_part_is_described():

@@ -12,7 +12,7 @@ import sys
 import warnings
 
 import torch
-import torch.profiler
+import torch.autograd.profiler
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.utils import _pytree as pytree
@@ -250,7 +250,7 @@ def install() -> None:
     for enable in ("flash_sdp", "mem_efficient_sdp", "cudnn_sdp"):
         getattr(torch.backends.cuda, f"enable_{enable}")(False)
     torch.cuda._sleep = lambda cycles: None
-    torch.profiler.profile = Profile
+    torch.autograd.profiler.profile = Profile
 
 
 # ---- the profiler
@@ -260,14 +260,21 @@ class Event:
     """As far as it is asked for."""
 
     def __init__(self, name: str, device_type: DeviceType) -> None:
-        self.name = name
-        self.device_type = device_type
+        self._name = name
+        self._device_type = device_type
+
+    def name(self) -> str:
+        return self._name
+
+    def device_type(self) -> DeviceType:
+        return self._device_type
 
 
 class Profile:
     """Counts what runtime.cpp and the operations above count."""
 
     def __init__(self, **options) -> None:
+        self.kineto_results = self
         self._counted: list[list[int]] = []
 
     def _count(self) -> None:
