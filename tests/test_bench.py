@@ -332,6 +332,21 @@ def test_provider_that_raises(family, status, monkeypatch, capsys):
     assert "broken on odd update float32/float32: no such thing\n" in where
 
 
+def test_an_interrupt_keeps_what_was_measured(monkeypatch, capsys, tmp_path):
+    def prepare(lists, momentum):
+        if lists.ema[0].shape == (4096,):  # In the second case.
+            raise KeyboardInterrupt
+        return lambda: torch._foreach_lerp_(lists.ema, lists.params, momentum)
+
+    stops = Provider("stops", "foreach", "update", prepare)
+    monkeypatch.setattr(providers, "PROVIDERS", (*PROVIDERS, stops))
+    argv = [*TINY, "--cases", "odd,medium", "--ops", "update", "--providers", "stops"]
+    assert cli.main([*argv, "--json", str(tmp_path / "b.json")]) == 1
+    assert "FAILED: interrupted: only what was measured until then" in capsys.readouterr().err
+    records = json.loads((tmp_path / "b.json").read_text())["records"]
+    assert {r["case"] for r in records} == {"odd"}
+
+
 def test_a_provider_that_takes_too_long_is_left_out(monkeypatch, capsys):
     def prepare(lists, momentum):
         return lambda: time.sleep(10)
