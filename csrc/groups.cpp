@@ -43,11 +43,12 @@ Group& group_for(std::vector<Group>& groups, const CheckedPair& of) {
 using Versions = std::vector<c10::TensorImpl*>;
 
 // A bump is a locked instruction, which waits for its own cache miss alone.
+template <Cache kTo>
 void bump_versions(const Versions& tensors, size_t begin, size_t end) {
   for (size_t i = begin; i < end; ++i) {
     if (i + kTensorsAhead < end) {
-      prefetch(&tensors[i + kTensorsAhead]->version_counter());
-      prefetch(version_counter_of(*tensors[i + kTensorsAhead / 2]));
+      prefetch<kTo>(&tensors[i + kTensorsAhead]->version_counter());
+      prefetch<kTo>(version_counter_of(*tensors[i + kTensorsAhead / 2]));
     }
     tensors[i]->bump_version();
   }
@@ -59,8 +60,13 @@ void bump_written(const Group& group, const Operation& operation, int64_t begin,
   using Kind = Operation::Kind;
   const auto bump = [&](const Versions& tensors) {
     const auto size = static_cast<__int128>(tensors.size());  // times the cost: over 64 bits
-    bump_versions(tensors, static_cast<size_t>(size * begin / total),
-                  static_cast<size_t>(size * end / total));
+    const auto first = static_cast<size_t>(size * begin / total);
+    const auto last = static_cast<size_t>(size * end / total);
+    if (size <= kTensorsAChunk) {
+      bump_versions<Cache::kFirst>(tensors, first, last);
+    } else {
+      bump_versions<Cache::kSecond>(tensors, first, last);
+    }
   };
   const bool writes_first = operation.kind != Kind::kCopyToB;
   const bool writes_second = operation.kind == Kind::kSwap || operation.kind == Kind::kCopyToB;

@@ -34,6 +34,16 @@ struct Registry {
   }
 };
 
+// Number of dimensions, sizes, strides. The same memory under other strides, as p.data = p.data.t()
+// makes it, pairs other elements.
+bool has_geometry(const c10::TensorImpl& tensor, const int64_t* saved) {
+  const c10::IntArrayRef sizes = tensor.sizes();
+  const c10::IntArrayRef strides = tensor.strides();
+  return static_cast<int64_t>(sizes.size()) == saved[0] &&
+         std::equal(sizes.begin(), sizes.end(), saved + 1) &&
+         std::equal(strides.begin(), strides.end(), saved + 1 + sizes.size());
+}
+
 }  // namespace
 
 Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
@@ -75,12 +85,13 @@ void Plan::refresh() {
         state->wrapper_dtypes.push_back(tensor->scalar_type());
         continue;
       }
-      state->seen.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(),
-                                 tensor->numel(), tensor->scalar_type(), tensor->is_contiguous(),
-                                 static_cast<uint16_t>(tensor->dim()),
-                                 static_cast<uint32_t>(state->geometry.size())});
-      if (tensor->is_contiguous()) continue;
       std::vector<int64_t>& geometry = state->geometry;
+      state->seen.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(),
+                                 tensor->numel(), tensor->dtype(),
+                                 static_cast<uint8_t>(tensor->itemsize()), tensor->is_contiguous(),
+                                 static_cast<uint32_t>(geometry.size())});
+      if (tensor->is_contiguous()) continue;
+      geometry.push_back(tensor->dim());
       geometry.insert(geometry.end(), tensor->sizes().begin(), tensor->sizes().end());
       geometry.insert(geometry.end(), tensor->strides().begin(), tensor->strides().end());
     }
@@ -93,8 +104,8 @@ bool Plan::is_unchanged(const Seen& seen) const {
   const c10::TensorImpl& tensor = *seen.tensor;
   const c10::StorageImpl* storage = storage_of(tensor);
   if (storage == nullptr || tensor.numel() != seen.numel) return false;
-  if (tensor.dtype() != c10::scalarTypeToTypeMeta(seen.dtype)) return false;
-  const int64_t offset_bytes = tensor.storage_offset() * static_cast<int64_t>(tensor.itemsize());
+  if (tensor.dtype() != seen.dtype) return false;
+  const int64_t offset_bytes = tensor.storage_offset() * seen.itemsize;
   if (seen.numel > 0 &&
       static_cast<const char*>(memory_of(*storage).get()) + offset_bytes != seen.data)
     return false;
@@ -103,12 +114,22 @@ bool Plan::is_unchanged(const Seen& seen) const {
   // As many elements, contiguous: the same ones in the same order, whatever their shape. The flag
   // lies beside the number; sizes and strides would be one or two cache misses more.
   if (seen.is_contiguous) return tensor.is_contiguous();
-  // The same memory under other strides, as p.data = p.data.t() makes it, pairs other elements.
-  const c10::IntArrayRef sizes = tensor.sizes();
-  const c10::IntArrayRef strides = tensor.strides();
-  const int64_t* saved = state_->geometry.data() + seen.geometry;
-  return sizes.size() == seen.num_dims && std::equal(sizes.begin(), sizes.end(), saved) &&
-         std::equal(strides.begin(), strides.end(), saved + seen.num_dims);
+  return has_geometry(tensor, state_->geometry.data() + seen.geometry);
+}
+
+template <Cache kTo>
+bool Plan::are_unchanged(int64_t begin, int64_t end) const {
+  const std::vector<Seen>& seen = state_->seen;
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kTensorsAhead < end) {
+      prefetch_tensor_but_sizes<kTo>(seen[i + kTensorsAhead].tensor);
+      const c10::TensorImpl* nearer = seen[i + kTensorsAhead / 2].tensor;
+      prefetch_memory<kTo>(storage_of(*nearer));
+      prefetch<kTo>(version_counter_of(*nearer));  // the write will bump it
+    }
+    if (!is_unchanged(seen[i])) return false;
+  }
+  return true;
 }
 
 bool Plan::is_stale() const {
@@ -117,22 +138,11 @@ bool Plan::is_stale() const {
     if (tensor.sizes() != state_->wrapper_sizes[i]) return true;
     if (tensor.scalar_type() != state_->wrapper_dtypes[i]) return true;
   }
-  const std::vector<Seen>& seen = state_->seen;
+  const auto size = static_cast<int64_t>(state_->seen.size());
+  if (size <= kTensorsAChunk) return !are_unchanged<Cache::kFirst>(0, size);
   std::atomic<bool> stale{false};
-  const auto size = static_cast<int64_t>(seen.size());
   parallel_chunks(size, kTensorsAChunk, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + kTensorsAhead < end) {
-        prefetch_tensor_but_sizes(seen[i + kTensorsAhead].tensor);
-        const c10::TensorImpl* nearer = seen[i + kTensorsAhead / 2].tensor;
-        prefetch_memory(storage_of(*nearer));
-        prefetch(version_counter_of(*nearer));  // the write will bump it
-      }
-      if (!is_unchanged(seen[i])) {
-        stale = true;
-        return;
-      }
-    }
+    if (!are_unchanged<Cache::kSecond>(begin, end)) stale = true;
   });
   return stale;
 }

@@ -6,6 +6,7 @@
 
 #include "checks.h"
 #include "groups.h"
+#include "records.h"
 
 namespace fused_ema {
 
@@ -52,10 +53,10 @@ class Plan {
     const c10::TensorImpl* tensor;
     const void* data;
     int64_t numel;
-    at::ScalarType dtype;
+    caffe2::TypeMeta dtype;
+    uint8_t itemsize;
     bool is_contiguous;
-    uint16_t num_dims;
-    uint32_t geometry;  // where its sizes and strides begin in the state's geometry
+    uint32_t geometry;  // otherwise: where its sizes and strides begin in the state's geometry
   };
 
   // All that follows from where the tensors are. Made anew as a whole or not at all: a call that
@@ -72,6 +73,8 @@ class Plan {
 
   void refresh();
   bool is_unchanged(const Seen& seen) const;
+  template <Cache kTo>
+  bool are_unchanged(int64_t begin, int64_t end) const;
   bool is_stale() const;
   void run_checked(const Operation& operation);
 

@@ -33,9 +33,16 @@ inline bool is_lazy_copy(const c10::StorageImpl& storage) {
   return memory_of(storage).get_deleter() == c10::impl::cow::cow_deleter;
 }
 
-// Into the second-level cache: a core has more room for misses on their way there (two thirds of
-// the time for a walk over 20,000 cold tensors on a Zen 4).
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+// Where a walk fetches to. A long one's tensors come from memory, and a core has more room for
+// misses on their way to its second-level cache (two thirds of the time for a walk over 20,000 cold
+// tensors on a Zen 4). A short one's are often in that cache still, and the way from there counts
+// (an update of 500 takes 9.7 us of a Xeon instead of 10.9).
+enum class Cache { kFirst, kSecond };
+
+template <Cache kTo = Cache::kSecond>
+void prefetch(const void* address) {
+  __builtin_prefetch(address, 0, kTo == Cache::kFirst ? 3 : 2);
+}
 
 // Every line of a tensor. It lies at a multiple of 16 bytes, so a field may lie in the line after
 // the one that its offset suggests.
@@ -44,13 +51,15 @@ inline void prefetch_tensor(const c10::TensorImpl* tensor) {
   for (int offset : {8, 64, 128, 172}) prefetch(bytes + offset);
 }
 // The same without the line or two that hold nothing but sizes and strides.
-inline void prefetch_tensor_but_sizes(const c10::TensorImpl* tensor) {
+template <Cache kTo>
+void prefetch_tensor_but_sizes(const c10::TensorImpl* tensor) {
   const char* bytes = reinterpret_cast<const char*>(tensor);
-  for (int offset : {16, 40, 144, 172}) prefetch(bytes + offset);
+  for (int offset : {16, 40, 144, 172}) prefetch<kTo>(bytes + offset);
 }
 // Of the storage, which some tensors have none of, the part that is_unchanged() and look() read.
-inline void prefetch_memory(const c10::StorageImpl* storage) {
-  if (storage != nullptr) prefetch(&memory_of(*storage));
+template <Cache kTo = Cache::kSecond>
+void prefetch_memory(const c10::StorageImpl* storage) {
+  if (storage != nullptr) prefetch<kTo>(&memory_of(*storage));
 }
 
 // How many tensors ahead a walk fetches. The storage and the counter are found through the tensor,
@@ -58,7 +67,7 @@ inline void prefetch_memory(const c10::StorageImpl* storage) {
 constexpr int64_t kTensorsAhead = 32;
 
 // What a thread takes of a walk at once. Shorter walks take one thread: another takes longer to
-// start (about 5 us) than the work.
+// start (about 5 us) than the work. They are the short ones of which Cache tells.
 constexpr int64_t kTensorsAChunk = 1024;
 
 }  // namespace fused_ema
