@@ -190,7 +190,7 @@ def table(records: Sequence[report.Record]) -> report.Table:
     }
     rows = tuple(
         (
-            f"{r['case']} {r['op']} {r['ema_dtype']}/{r['param_dtype']}",
+            f"{r['case']} {r['op']} {report.pair_of(r)}",
             f"{r['moved_of_least']:.3f}",
             *(f"{r[name]:.4g}" if name in r else "" for name in columns),
         )

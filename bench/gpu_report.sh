@@ -158,5 +158,7 @@ done
   echo "== results"
   printf '%s\n' "${RESULTS[@]}"
 } | tee -a "$OUT/log.txt"
-[[ " ${PARTS[*]} " != *" verdict "* ]] || cat "$OUT/verdict.txt" || FAILED=1
+if [[ " ${PARTS[*]} " == *" verdict "* && -f $OUT/verdict.txt ]]; then
+  cat "$OUT/verdict.txt"
+fi
 exit "$FAILED"

@@ -6,6 +6,7 @@ more than its one launch, or where anything of ours copies or waits.
 """
 
 import argparse
+import itertools
 import math
 import warnings
 from collections import Counter
@@ -20,7 +21,7 @@ import torch
 from torch.autograd.profiler import profile
 
 from bench import cases, providers, report, timer
-from bench.providers import OPS, PLAN, Call, Lists, Provider
+from bench.providers import CAPTURED, OPS, PLAN, Call, Lists, Provider
 from fused_ema.__main__ import number
 
 MOMENTUM = 0.125
@@ -105,25 +106,31 @@ def wrong(provider: Provider, num_tensors: int, seen: Trace) -> str:
     return ", ".join(problems)
 
 
+def _counted(pair: str) -> list[Provider]:
+    return [
+        provider
+        for op in OPS
+        for provider in providers.choose(op, pair, "cuda", None)
+        # A replay launches what was captured.
+        if provider.family in ("ours", "foreach") and provider.name != CAPTURED
+    ]
+
+
 def run(case_names: Sequence[str], max_elements: int) -> dict[str, Any]:
     """Counts all; returns what the JSON file holds, without the environment."""
     device = torch.device("cuda")
     records: list[report.Record] = []
     failures: list[str] = []
+    loaded = [cases.load(name, max_elements) for name in case_names]
     with report.stoppable(failures):
-        for name in case_names:
-            case = cases.load(name, max_elements)
-            for pair in PAIRS:
-                lists = timer.make_lists(case, pair, device)
-                for op in OPS:
-                    for provider in providers.choose(op, pair, "cuda", None):
-                        if provider.family not in ("ours", "foreach") or provider.is_captured:
-                            continue  # A replay launches what was captured.
-                        seen = count(provider, lists)
-                        facts = report.what(case, op, pair)
-                        records.append({**facts, "provider": provider.name, **asdict(seen)})
-                        if problem := wrong(provider, case.num_tensors, seen):
-                            failures.append(f"{provider.name}, {name} {op} {pair}: {problem}")
+        for case, pair in itertools.product(loaded, PAIRS):
+            lists = timer.make_lists(case, pair, device)
+            for provider in _counted(pair):
+                seen = count(provider, lists)
+                facts = report.what(case, provider.op, pair)
+                records.append({**facts, "provider": provider.name, **asdict(seen)})
+                if problem := wrong(provider, case.num_tensors, seen):
+                    failures.append(f"{provider.name}, {case.name} {provider.op} {pair}: {problem}")
     return {"failures": failures, "records": records}
 
 
@@ -131,7 +138,7 @@ def table(content: dict[str, Any], foreach: str | None) -> report.Table:
     """A row for each case, op and dtype pair."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}
     for r in content["records"]:
-        key = (r["case"], r["op"], f"{r['ema_dtype']}/{r['param_dtype']}", f"{r['num_tensors']:,}")
+        key = (r["case"], r["op"], report.pair_of(r), f"{r['num_tensors']:,}")
         family = r["provider"] if r["provider"].startswith("fused_ema") else "foreach"
         extra = f" + {r['copies']}" if r["copies"] else ""
         text = f"{r['kernels']:,}{extra}" + (f", {r['waits']} waits" if r["waits"] else "")

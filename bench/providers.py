@@ -112,11 +112,6 @@ class Provider:
         """ours, torch, triton or limit, as the records say it."""
         return self.family if self.family in ("ours", "triton", "limit") else "torch"
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether it replays a CUDA graph."""
-        return self.name.endswith(" captured")
-
     def serves(self, op: Op, pair: str) -> bool:
         """Whether it belongs beside the others of that op and dtype pair."""
         ema, param = split_pair(pair)

@@ -64,6 +64,11 @@ def what(case: Case, op: str, pair: str) -> Record:
     }
 
 
+def pair_of(r: Record) -> str:
+    """A record's dtype pair as it is written everywhere: ema/param."""
+    return f"{r['ema_dtype']}/{r['param_dtype']}"
+
+
 def make_records(
     case: Case,
     op: str,
@@ -325,7 +330,7 @@ def summary(records: Iterable[Record]) -> Table:
             (
                 plan["case"] + (" *" if plan["note"] else ""),
                 plan["op"],
-                _pair(plan),
+                pair_of(plan),
                 plan["cache"],
                 _digits(plan["ms"]),
                 _digits(plan["gb_per_s"]),
@@ -383,7 +388,7 @@ def headline(records: Sequence[Record]) -> str:
 
 def _groups(records: Iterable[Record]) -> list[list[Record]]:
     def key(r: Record) -> tuple[str, ...]:
-        return r["case"], r["op"], r["ema_dtype"], r["param_dtype"], r["cache"]
+        return r["case"], r["op"], pair_of(r), r["cache"]
 
     return [list(group) for _, group in groupby(records, key)]
 
@@ -392,17 +397,13 @@ def _title(r: Record) -> str:
     note = f", {r['note']}" if r["note"] else ""
     # Which foreach it is decides how many launches it needs.
     foreach = f", foreach with {r['foreach_arguments']}" if r["foreach_arguments"] else ""
-    where = f"{r['case']} {r['op']} {_pair(r)} {r['cache']}{foreach}"
+    where = f"{r['case']} {r['op']} {pair_of(r)} {r['cache']}{foreach}"
     return f"{where} - {r['title']}{note}: {_size(r)} elements"
 
 
 def _size(r: Record) -> str:
     plural = "s" if r["num_tensors"] != 1 else ""
     return f"{r['num_tensors']:,} tensor{plural}, {r['num_elements'] / 1e6:,.3g} M"
-
-
-def _pair(r: Record) -> str:
-    return f"{r['ema_dtype']}/{r['param_dtype']}"
 
 
 def _digits(value: float) -> str:
@@ -459,7 +460,7 @@ def _panels(records: Sequence[Record]) -> dict[str, list[list[Record]]]:
     for group in _groups(records):
         first = group[0]
         if first["op"] == "update" and any(r["provider"] == PLAN for r in group):
-            panels.setdefault(_pair(first), {}).setdefault(first["case"], group)
+            panels.setdefault(pair_of(first), {}).setdefault(first["case"], group)
     chosen = [pair for pair in _PLOTTED_PAIRS if pair in panels] or list(panels)[:2]
     return {pair: list(panels[pair].values()) for pair in chosen}
 

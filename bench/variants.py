@@ -456,7 +456,7 @@ def tables(built: dict[str, Built], records: Sequence[report.Record]) -> list[re
 
 
 def _run_of(r: report.Record) -> tuple[str, str, str]:
-    return r["case"], r["op"], f"{r['ema_dtype']}/{r['param_dtype']}"
+    return r["case"], r["op"], report.pair_of(r)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import report
-from bench.providers import CAPTURED, COMPILED, OWN_COPY, PLAN, TRITON
+from bench.providers import CAPTURED, COMPILED, OWN_COPY, PLAN, TRITON, split_pair
 
 Record = report.Record
-F32, MIXED, BF16 = ("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")
+F32, MIXED, BF16 = "float32/float32", "float32/bfloat16", "bfloat16/bfloat16"
 _LARGE_BYTES = 256e6  # Of a list: what an L2 cache has no part in.
 _MODELS = ("vit_l16", "sdxl_unet", "llama3_8b")
 FOREACH = "foreach lerp_"
@@ -50,25 +50,29 @@ class Records:
                     self.ops.append({"run": run, **r})
                 elif "kernels" in r:
                     self.launches.append(r)
-        self._by_key = {_key(r): r for r in self.ops}
+        self._by_key = {(*_key(r), r["provider"]): r for r in self.ops}
 
     def find(self, like: Record, provider: str) -> Record | None:
         """The record of another provider on the same tensors, in the same run."""
-        return self._by_key.get((*_key(like)[:-1], provider))
+        return self._by_key.get((*_key(like), provider))
+
+    def beside(self, like: Record) -> list[Record]:
+        """The records of all providers on the same tensors, in the same run."""
+        return [r for r in self.ops if _key(r) == _key(like)]
 
     def plans(
         self,
         op: str,
-        pair: tuple[str, str],
+        pair: str,
         provider: str = PLAN,
         cases: Sequence[str] = (),
         caches: Sequence[str] = ("cold",),
     ) -> list[Record]:
-        """Records of that provider, in cold GPU caches; of all cases unless some are named."""
+        """Records of that provider, of all cases unless some are named."""
         return [
             r
             for r in self._by_key.values()
-            if (r["op"], r["ema_dtype"], r["param_dtype"]) == (op, *pair)
+            if (r["op"], report.pair_of(r)) == (op, pair)
             and r["provider"] == provider
             and r["cache"] in caches
             and (not cases or r["case"] in cases)
@@ -76,13 +80,12 @@ class Records:
 
 
 def _key(r: Record) -> tuple[Any, ...]:
-    kind = r["op"], r["ema_dtype"], r["param_dtype"], r["cache"]
-    return r["run"], r["case"], *kind, r["provider"]
+    return r["run"], r["case"], r["op"], report.pair_of(r), r["cache"]
 
 
 def _list_bytes(r: Record) -> float:
-    sizes = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
-    return float(r["num_elements"] * (sizes[r["ema_dtype"]] + sizes[r["param_dtype"]]))
+    dtypes = split_pair(report.pair_of(r))
+    return float(r["num_elements"] * sum(dtype.itemsize for dtype in dtypes))
 
 
 # ---- what is asked
@@ -119,7 +122,7 @@ class Target:
         return {">=": -beyond, "<=": beyond, "=": abs(beyond)}[self.sign]
 
 
-def _fraction_of_copy(op: str, pair: tuple[str, str]) -> Callable[[Records], list[Seen]]:
+def _fraction_of_copy(op: str, pair: str) -> Callable[[Records], list[Seen]]:
     def values(records: Records) -> list[Seen]:
         return [
             Seen(r["fraction_of_copy"], r["case"])
@@ -131,7 +134,7 @@ def _fraction_of_copy(op: str, pair: tuple[str, str]) -> Callable[[Records], lis
 
 
 def _faster_than(
-    op: str, pair: tuple[str, str], cases: Sequence[str], *others: str, field: str = "ms"
+    op: str, pair: str, cases: Sequence[str], *others: str, field: str = "ms"
 ) -> Callable[[Records], list[Seen]]:
     """Without others: than the fastest way of torch."""
 
@@ -151,8 +154,7 @@ def _faster_than(
 
 
 def _best(records: Records, like: Record) -> Record | None:
-    same = _key(like)[:-1]
-    torch_ways = (r for r in records.ops if r["kind"] == "torch" and _key(r)[:-1] == same)
+    torch_ways = (r for r in records.beside(like) if r["kind"] == "torch")
     return min(torch_ways, key=lambda r: float(r["ms"]), default=None)
 
 
@@ -169,7 +171,7 @@ def _against_aligned(records: Records) -> list[Seen]:
                 other = records.find({**r, "case": aligned}, PLAN)
                 if other is not None:
                     value = r["gb_per_s"] / other["gb_per_s"]
-                    found.append(Seen(value, f"{case}, {'/'.join(pair)}"))
+                    found.append(Seen(value, f"{case}, {pair}"))
     return found
 
 
@@ -300,7 +302,7 @@ def summary(records: Records) -> report.Table:
     )
     rows = []
     for plan in (r for r in records.ops if r["provider"] == PLAN and r["cache"] == "cold"):
-        same = [r for r in records.ops if _key(r)[:-1] == _key(plan)[:-1]]
+        same = records.beside(plan)
 
         def faster(field: str, value: str, plan: Record = plan, same: list[Record] = same) -> str:
             times = [r["ms"] for r in same if r[field] == value]
@@ -311,7 +313,7 @@ def summary(records: Records) -> report.Table:
             (
                 plan["title"] + note,
                 plan["op"],
-                f"{plan['ema_dtype']}/{plan['param_dtype']}",
+                report.pair_of(plan),
                 f"{plan['gb_per_s']:,.0f}",
                 f"{plan['fraction_of_copy']:.0%}" if plan["fraction_of_copy"] else "",
                 faster("family", "naive"),

@@ -54,9 +54,9 @@ class Plan {
     const void* data;
     int64_t numel;
     caffe2::TypeMeta dtype;
-    uint8_t itemsize;
+    uint8_t itemsize;  // of the dtype; asking that for it costs 500 pairs 1 us
     bool is_contiguous;
-    uint32_t geometry;  // otherwise: where its sizes and strides begin in the state's geometry
+    uint32_t geometry;  // otherwise: where what has_geometry() compares begins in the state's
   };
 
   // All that follows from where the tensors are. Made anew as a whole or not at all: a call that
