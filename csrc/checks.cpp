@@ -221,7 +221,8 @@ std::vector<Range> ranges_of(const CheckedPairs& checked, int side, bool written
 void check_overlap(const Signature& s, const CheckedPairs& checked,
                    const std::vector<std::string>& names) {
   std::vector<Range> ranges[2];
-  parallel_chunks(2, checked.size() > kParallelPairs ? 1 : 2, [&](int64_t begin, int64_t end) {
+  const bool by_threads = checked.size() > kParallelPairs && checked[0].device.is_cpu();
+  parallel_chunks(2, by_threads ? 1 : 2, [&](int64_t begin, int64_t end) {
     for (int64_t side = begin; side < end; ++side) {
       ranges[side] =
           ranges_of(checked, static_cast<int>(side), side == 0 ? s.writes_a : s.writes_b);
@@ -332,7 +333,10 @@ CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
                     names.size(), " names for ", a.size(), " pairs; pass one name a pair, or none");
   CheckedPairs checked(a.size());
   const auto size = static_cast<int64_t>(a.size());
-  parallel_chunks(size, kParallelPairs, [&](int64_t begin, int64_t end) {
+  // On the way to a launch no pool of threads: one that the machine doesn't run just then held up
+  // kernels of 15 us for milliseconds.
+  const bool by_threads = size > 0 && a[0].is_cpu();
+  parallel_chunks(size, by_threads ? kParallelPairs : size, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kTensorsAhead < end) {
         for (const Tensors* list : {&a, &b}) {

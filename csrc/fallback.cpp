@@ -24,6 +24,19 @@ void update_by_tensor(const at::Tensor& ema, const at::Tensor& param, const at::
   }
 }
 
+// Torch's copies of bf16 and fp16 on CUDA go through fp32 and lose a NaN's payload; as integers
+// they move as they are.
+std::pair<at::Tensor, at::Tensor> as_bits(const at::Tensor& a, const at::Tensor& b) {
+  const auto is_memory = [](const at::Tensor& tensor) {
+    return is_plain(tensor) && tensor.layout() == at::kStrided;
+  };
+  if (a.scalar_type() != b.scalar_type() || a.element_size() != 2 || a.is_cpu() || !is_memory(a) ||
+      !is_memory(b)) {
+    return {a, b};
+  }
+  return {a.view(at::kShort), b.view(at::kShort)};
+}
+
 }  // namespace
 
 Temporaries::Device Temporaries::device_of(const at::Tensor& tensor) {
@@ -106,15 +119,24 @@ void update(const Tensors& ema, const Tensors& params, double momentum,
 void swap(const Tensors& a, const Tensors& b, Temporaries& temporaries) {
   const at::NoGradGuard no_grad;
   for (size_t i = 0; i < a.size(); ++i) {
-    const at::Tensor kept = temporaries.copy_of(a[i], a[i].scalar_type());
-    a[i].copy_(b[i]);
-    b[i].copy_(kept);
+    const auto [first, second] = as_bits(a[i], b[i]);
+    const at::Tensor kept = temporaries.copy_of(first, first.scalar_type());
+    first.copy_(second);
+    second.copy_(kept);
   }
 }
 
 void copy(const Tensors& dst, const Tensors& src) {
   const at::NoGradGuard no_grad;
-  if (!dst.empty()) at::_foreach_copy_(dst, src);
+  if (dst.empty()) return;
+  Tensors to;
+  Tensors from;
+  for (size_t i = 0; i < dst.size(); ++i) {
+    auto [first, second] = as_bits(dst[i], src[i]);
+    to.push_back(std::move(first));
+    from.push_back(std::move(second));
+  }
+  at::_foreach_copy_(to, from);
 }
 
 }  // namespace fused_ema::fallback

@@ -2,6 +2,7 @@
 // one-shot calls make them, run them and drop them.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 
 #include "checks.h"
@@ -42,6 +43,12 @@ struct Groups {
   // Pairs without a kernel.
   Tensors fallback_a;
   Tensors fallback_b;
+
+  // Whether any of the work is done by another device than the CPU.
+  bool has_launches() const {
+    return std::any_of(groups.begin(), groups.end(),
+                       [](const Group& group) { return !group.device.is_cpu(); });
+  }
 };
 
 Groups make_groups(const Signature& signature, const Tensors& a, const Tensors& b,

@@ -13,6 +13,10 @@ namespace fused_ema {
 // done one. Up to one chunk runs on this thread alone.
 template <typename F>
 void parallel_chunks(int64_t size, int64_t chunk, const F& f) {
+  if (size <= chunk) {
+    if (size > 0) f(0, size);
+    return;
+  }
   const int64_t num_chunks = (size + chunk - 1) / chunk;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), num_chunks), 1,

@@ -25,8 +25,6 @@ namespace fused_ema {
 
 constexpr int kVectorBytes = 16;
 constexpr int kWarpSize = 32;
-constexpr int kWarpsPerBlock = 8;
-constexpr int kThreadsPerBlock = kWarpSize * kWarpsPerBlock;
 
 // One tensor pair: n elements at a and at b.
 struct Span {
@@ -43,20 +41,19 @@ struct Tile {
   uint32_t pair;  // its index in the list of spans
 };
 
-// Vectors that a thread loads before its first store: 96 to 128 bytes in flight a thread, and with
-// 3 resident blocks of 256 threads 72 to 96 KB an SM, well above the 48 KB that an H200 needs
-// (CUB's min_bytes_in_flight).
-constexpr int kUnroll = 4;
+// Vectors of a tile. How a block's threads walk them is an operation's own affair (cuda/loop.cuh),
+// so that one table serves a plan's every operation. 16 KB of side a: with pieces of 4 KB the
+// reads of the table cost a swap a quarter of its speed on an H200, with these nothing.
+constexpr int kBlockTileVectors = 1024;
+constexpr int kWarpTileVectors = 128;
 
 // Elements a thread takes at once, and the tiles that follow. A vector has 16 bytes of side a, the
 // wider one, so that neighbouring threads fill whole sectors in every access to either side.
 struct TileShape {
   int size_a, size_b;
   int vec;
-  FUSED_EMA_HOST_DEVICE constexpr int warp_tile() const { return kWarpSize * vec * kUnroll; }
-  FUSED_EMA_HOST_DEVICE constexpr int block_tile() const {
-    return kThreadsPerBlock * vec * kUnroll;
-  }
+  FUSED_EMA_HOST_DEVICE constexpr int warp_tile() const { return kWarpTileVectors * vec; }
+  FUSED_EMA_HOST_DEVICE constexpr int block_tile() const { return kBlockTileVectors * vec; }
 };
 
 FUSED_EMA_HOST_DEVICE constexpr TileShape tile_shape(int size_a, int size_b) {

@@ -295,8 +295,9 @@ def _by_device_and_dtype(
 @torch.no_grad()
 def swap(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
     """Exchanges each pair; one tensor's worth of temporary memory."""
-    temporaries = _Temporaries([(x, x.dtype) for x in a])
-    for x, y in zip(a, b, strict=True):
+    pairs = [_as_bits(x, y) for x, y in zip(a, b, strict=True)]
+    temporaries = _Temporaries([(x, x.dtype) for x, _ in pairs])
+    for x, y in pairs:
         kept = temporaries.copy_of(x, x.dtype)
         x.copy_(y)
         y.copy_(kept)
@@ -306,7 +307,17 @@ def swap(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """Copies each ``src`` into its ``dst``, converting the dtype."""
     if len(dst) > 0:
-        torch._foreach_copy_(list(dst), list(src))
+        pairs = [_as_bits(d, s) for d, s in zip(dst, src, strict=True)]
+        torch._foreach_copy_([d for d, _ in pairs], [s for _, s in pairs])
+
+
+def _as_bits(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    # Torch's copies of bf16 and fp16 on CUDA go through fp32 and lose a NaN's payload.
+    if x.dtype != y.dtype or x.dtype.itemsize != 2 or x.device.type == "cpu":
+        return x, y
+    if not (has_plain_memory(x) and has_plain_memory(y)):
+        return x, y
+    return x.view(torch.int16), y.view(torch.int16)
 
 
 class Plan:

@@ -7,6 +7,7 @@ namespace {
 template <bool kToA, typename A, typename B>
 struct Copy {
   static constexpr bool kReadsA = !kToA, kReadsB = kToA, kWritesA = kToA, kWritesB = !kToA;
+  static constexpr Walk kWalk{256, 1, 8};
   struct Args {};
   __device__ explicit Copy(const Args&) {}
 

@@ -15,45 +15,41 @@ constexpr int kArgumentBytes = 32764;
 constexpr int kArgumentBytes = 4096;
 #endif
 
-// A span, and the number of tiles of the spans before it.
-struct ListEntry {
-  Span span;
-  uint32_t first_block_tile;
-  uint32_t first_warp_tile;
-};
-
 // Room beside the list: its three counts and the operation's arguments.
-constexpr int kMaxSpansPerLaunch = (kArgumentBytes - 128) / static_cast<int>(sizeof(ListEntry));
+constexpr int kMaxSpansPerLaunch =
+    (kArgumentBytes - 128) / static_cast<int>(sizeof(Span) + 2 * sizeof(uint32_t));
 
 // The list itself as kernel arguments: nothing to upload, nothing to keep alive, safe to capture.
+// What is searched stands together, so that a search reads few lines of the constant bank.
 struct ListSource {
   uint32_t num_block_tiles;
   uint32_t num_warp_tiles;
   int32_t num_spans;
-  ListEntry entries[kMaxSpansPerLaunch];
+  // The number of tiles of the spans before.
+  uint32_t first_block_tile[kMaxSpansPerLaunch];
+  uint32_t first_warp_tile[kMaxSpansPerLaunch];
+  Span spans[kMaxSpansPerLaunch];
 
   __device__ Tile block_tile(const TileShape& shape, uint32_t index) const {
-    const int32_t i = find(index, &ListEntry::first_block_tile);
-    const ListEntry& entry = entries[i];
-    return block_tile_of(shape, entry.span, split(shape, entry.span),
-                         index - entry.first_block_tile, static_cast<uint32_t>(i));
+    const int32_t i = find(index, first_block_tile);
+    return block_tile_of(shape, spans[i], split(shape, spans[i]), index - first_block_tile[i],
+                         static_cast<uint32_t>(i));
   }
   __device__ Tile warp_tile(const TileShape& shape, uint32_t index) const {
-    const int32_t i = find(index, &ListEntry::first_warp_tile);
-    const ListEntry& entry = entries[i];
-    return warp_tile_of(shape, entry.span, split(shape, entry.span), index - entry.first_warp_tile,
+    const int32_t i = find(index, first_warp_tile);
+    return warp_tile_of(shape, spans[i], split(shape, spans[i]), index - first_warp_tile[i],
                         static_cast<uint32_t>(i));
   }
 
  private:
-  // The last entry that starts at or before index. Ten steps, the same for every thread of a warp,
+  // The last span that starts at or before index. Ten steps, the same for every thread of a warp,
   // so each is one read of the constant bank.
-  __device__ int32_t find(uint32_t index, uint32_t ListEntry::*first) const {
+  __device__ int32_t find(uint32_t index, const uint32_t* first) const {
     int32_t low = 0;
     int32_t high = num_spans;
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;
-      if (entries[middle].*first <= index) {
+      if (first[middle] <= index) {
         low = middle;
       } else {
         high = middle;
@@ -65,14 +61,15 @@ struct ListSource {
 
 template <typename Op, typename A, typename B, typename Source>
 Status launch_source(const Source& source, const typename Op::Args& args, Stream stream) {
-  const uint64_t grid = uint64_t{source.num_block_tiles} +
-                        (uint64_t{source.num_warp_tiles} + kWarpsPerBlock - 1) / kWarpsPerBlock;
+  constexpr uint64_t kWarps = Op::kWalk.threads / kWarpSize;
+  const uint64_t grid =
+      uint64_t{source.num_block_tiles} + (uint64_t{source.num_warp_tiles} + kWarps - 1) / kWarps;
   if (grid == 0) return cudaSuccess;
   if (grid > INT32_MAX) return cudaErrorInvalidConfiguration;
   // Not <<<>>>, so that a host compiler reads this file too (tests/host/).
   cudaLaunchConfig_t config{};
   config.gridDim.x = static_cast<uint32_t>(grid);
-  config.blockDim.x = kThreadsPerBlock;
+  config.blockDim.x = Op::kWalk.threads;
   config.stream = static_cast<cudaStream_t>(stream);
   return cudaLaunchKernelEx(&config, tile_loop_kernel<Op, A, B, Source>, source, args);
 }
@@ -93,7 +90,9 @@ Status launch(const Work& work, const typename Op::Args& args, Stream stream) {
     for (int32_t i = 0; i < source.num_spans; ++i) {
       const Span& span = work.spans[begin + i];
       const Split parts = split(kShape, span);
-      source.entries[i] = ListEntry{span, source.num_block_tiles, source.num_warp_tiles};
+      source.spans[i] = span;
+      source.first_block_tile[i] = source.num_block_tiles;
+      source.first_warp_tile[i] = source.num_warp_tiles;
       source.num_block_tiles += static_cast<uint32_t>(parts.num_block_tiles);
       source.num_warp_tiles += static_cast<uint32_t>(parts.num_warp_tiles);
     }

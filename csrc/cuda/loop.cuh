@@ -3,6 +3,7 @@
 // An operation is a struct with
 //   kReadsA, kReadsB, kWritesA, kWritesB   which sides move
 //   Args                                   what the host passes, by value
+//   kWalk                                  how the threads of a block walk a tile
 //   Op(const Args&)                        once a thread, before the first load
 //   operator()(A& a, B& b)                 one element, in storage types
 //
@@ -15,9 +16,13 @@
 
 namespace fused_ema::cuda {
 
-// At most 80 registers a thread: 768 threads of 96 to 128 bytes in flight are 72 KB an SM and more.
-// 4 blocks (64 registers) compile without a spill as well; bench/variants.py measures them.
-constexpr int kBlocksPerSm = 3;
+// How a block walks its tile. What was fastest on an H200 differs by what an operation writes:
+// bench/NOTES.md has the figures, bench/gpu/variants.py measures others.
+struct Walk {
+  int threads;        // of a block
+  int step;           // vectors of a side that a thread loads before it stores
+  int blocks_per_sm;  // that must fit, which bounds the registers
+};
 
 struct TableSource {
   const Tile* tiles;
@@ -30,25 +35,24 @@ struct TableSource {
   }
 };
 
-// Up to kUnroll vectors a thread, every load issued before the first store. kFull: all of them
-// exist, no bounds to check.
-template <bool kFull, bool kAlignedB, typename Op, typename A, typename B>
-__device__ __forceinline__ void run_vectors(const Op& op, A* __restrict__ a, B* __restrict__ b,
-                                            int num_vectors, int rank, int team_size) {
+// kStep vectors a thread, from vector `first` on, team_size apart.
+template <bool kFull, bool kAlignedB, int kStep, typename Op, typename A, typename B>
+__device__ __forceinline__ void run_step(const Op& op, A* __restrict__ a, B* __restrict__ b,
+                                         int num_vectors, int first, int team_size) {
   constexpr int kVec = tile_shape(sizeof(A), sizeof(B)).vec;
-  Vec<A, kVec> va[kUnroll];
-  Vec<B, kVec> vb[kUnroll];
+  Vec<A, kVec> va[kStep];
+  Vec<B, kVec> vb[kStep];
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int i = u * team_size + rank;
+  for (int u = 0; u < kStep; ++u) {
+    const int i = first + u * team_size;
     if (kFull || i < num_vectors) {
       if constexpr (Op::kReadsA) load_vec<true>(va[u], a + i * kVec);
       if constexpr (Op::kReadsB) load_vec<kAlignedB>(vb[u], b + i * kVec);
     }
   }
 #pragma unroll
-  for (int u = 0; u < kUnroll; ++u) {
-    const int i = u * team_size + rank;
+  for (int u = 0; u < kStep; ++u) {
+    const int i = first + u * team_size;
     if (kFull || i < num_vectors) {
 #pragma unroll
       for (int k = 0; k < kVec; ++k) {
@@ -62,13 +66,30 @@ __device__ __forceinline__ void run_vectors(const Op& op, A* __restrict__ a, B* 
   }
 }
 
+// The vectors of a tile, in steps whose every load is issued before their first store. kFull: all
+// of them exist, no bounds to check.
+template <bool kFull, bool kAlignedB, typename Op, typename A, typename B>
+__device__ __forceinline__ void run_vectors(const Op& op, A* __restrict__ a, B* __restrict__ b,
+                                            int num_vectors, int rank) {
+  constexpr int kVec = tile_shape(sizeof(A), sizeof(B)).vec;
+  constexpr int kTeam = kFull ? Op::kWalk.threads : kWarpSize;
+  constexpr int kAThread = (kFull ? kBlockTileVectors : kWarpTileVectors) / kTeam;
+  constexpr int kStep = Op::kWalk.step < kAThread ? Op::kWalk.step : kAThread;
+  static_assert(kAThread % kStep == 0, "a tile is walked in whole steps");
+#pragma unroll
+  for (int first = 0; first < kAThread; first += kStep) {
+    // Loads of a step stay behind the stores of the one before: more would need more registers.
+    if (first > 0) asm volatile("" ::: "memory");
+    run_step<kFull, kAlignedB, kStep>(op, a, b, num_vectors, first * kTeam + rank, kTeam);
+  }
+}
+
 template <bool kFull, typename Op, typename A, typename B>
-__device__ __forceinline__ void run_body(const Op& op, A* a, B* b, int num_vectors, int rank,
-                                         int team_size) {
+__device__ __forceinline__ void run_body(const Op& op, A* a, B* b, int num_vectors, int rank) {
   if (is_aligned<tile_shape(sizeof(A), sizeof(B)).vec>(b)) {
-    run_vectors<kFull, true>(op, a, b, num_vectors, rank, team_size);
+    run_vectors<kFull, true>(op, a, b, num_vectors, rank);
   } else {
-    run_vectors<kFull, false>(op, a, b, num_vectors, rank, team_size);
+    run_vectors<kFull, false>(op, a, b, num_vectors, rank);
   }
 }
 
@@ -93,7 +114,7 @@ __device__ __forceinline__ void run_warp_tile(const Op& op, const Tile& tile, in
     if constexpr (Op::kReadsA) odd_a = a[odd];
     if constexpr (Op::kReadsB) odd_b = b[odd];
   }
-  run_body<false>(op, a + head, b + head, num_vectors, lane, kWarpSize);
+  run_body<false>(op, a + head, b + head, num_vectors, lane);
   if (has_odd) {
     if constexpr (Op::kReadsA) stay_as_loaded(odd_a);
     if constexpr (Op::kReadsB) stay_as_loaded(odd_b);
@@ -104,7 +125,7 @@ __device__ __forceinline__ void run_warp_tile(const Op& op, const Tile& tile, in
 }
 
 template <typename Op, typename A, typename B, typename Source>
-__global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm)
+__global__ void __launch_bounds__(Op::kWalk.threads, Op::kWalk.blocks_per_sm)
     tile_loop_kernel(const __grid_constant__ Source source,
                      const __grid_constant__ typename Op::Args args) {
   constexpr TileShape kShape = tile_shape(sizeof(A), sizeof(B));
@@ -112,11 +133,11 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBlocksPerSm)
   if (blockIdx.x < source.num_block_tiles) {
     const Tile tile = source.block_tile(kShape, blockIdx.x);
     run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,
-                   static_cast<int>(threadIdx.x), kThreadsPerBlock);
+                   static_cast<int>(threadIdx.x));
     return;
   }
-  const uint32_t index =
-      (blockIdx.x - source.num_block_tiles) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+  constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
+  const uint32_t index = (blockIdx.x - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
   if (index < source.num_warp_tiles) {
     run_warp_tile<Op, A, B>(op, source.warp_tile(kShape, index),
                             static_cast<int>(threadIdx.x % kWarpSize));
