@@ -35,7 +35,7 @@ __device__ __forceinline__ void run_bulk_tile(const Op& op, A* a, B* b) {
   Barrier& barrier = *reinterpret_cast<Barrier*>(barrier_memory);
   const int rank = static_cast<int>(threadIdx.x);
   if (rank == 0) {
-    init(&barrier, kThreadsPerBlock);
+    init(&barrier, Op::kWalk.threads);
     ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
   }
   __syncthreads();
@@ -50,8 +50,7 @@ __device__ __forceinline__ void run_bulk_tile(const Op& op, A* a, B* b) {
   barrier.wait(std::move(token));
   // Not unrolled: what is in shared memory needs no registers to wait in.
 #pragma unroll 1
-  for (int u = 0; u < kUnroll; ++u) {
-    const int i = u * kThreadsPerBlock + rank;
+  for (int i = rank; i < kBlockTileVectors; i += Op::kWalk.threads) {
     Vec<A, kVec> va;
     Vec<B, kVec> vb;
     if constexpr (Op::kReadsA) load_vec<true>(va, shared_a + i * kVec);

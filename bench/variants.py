@@ -40,16 +40,26 @@ Edit = tuple[str, str, str]
 """A file of csrc/, a text that stands there once, and what it becomes."""
 
 
-def _resident(blocks: int) -> Edit:
-    return "cuda/loop.cuh", "kBlocksPerSm = 3;", f"kBlocksPerSm = {blocks};"
+_UPDATE_WALK = "Walk kWalk{256, 1, sizeof(A) == 8 ? 4 : 6};"
+_SWAP_WALK = "Walk kWalk{512, 2, 2};"
+_COPY_WALK = "Walk kWalk = sizeof(A) == sizeof(B) ? Walk{256, 1, 8} : Walk{256, 2, 5};"
 
 
-def _warps(warps: int) -> Edit:
-    return "tiles.h", "kWarpsPerBlock = 8;", f"kWarpsPerBlock = {warps};"
+def _walk(threads: int, step: int, blocks: int) -> tuple[Edit, ...]:
+    # Of every operation.
+    new = f"Walk kWalk{{{threads}, {step}, {blocks}}};"
+    return (
+        ("cuda/update.cu", _UPDATE_WALK, new),
+        ("cuda/swap.cu", _SWAP_WALK, new),
+        ("cuda/copy.cu", _COPY_WALK, new),
+    )
 
 
-def _unroll(vectors: int) -> Edit:
-    return "tiles.h", "kUnroll = 4;", f"kUnroll = {vectors};"
+def _tiles(block_vectors: int, warp_vectors: int = 128) -> tuple[Edit, ...]:
+    return (
+        ("tiles.h", "kBlockTileVectors = 1024;", f"kBlockTileVectors = {block_vectors};"),
+        ("tiles.h", "kWarpTileVectors = 128;", f"kWarpTileVectors = {warp_vectors};"),
+    )
 
 
 _LOAD = "copy_packet(&to, reinterpret_cast<const Vec<T, N>*>(from));"
@@ -101,7 +111,8 @@ _PERSISTENT: tuple[Edit, ...] = (
         """  int device = 0, multiprocessors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const uint64_t resident = uint64_t{kBlocksPerSm} * static_cast<uint32_t>(multiprocessors);
+  const uint64_t resident =
+      uint64_t{Op::kWalk.blocks_per_sm} * static_cast<uint32_t>(multiprocessors);
   config.gridDim.x = static_cast<uint32_t>(grid < resident ? grid : resident);""",
     ),
     (
@@ -114,16 +125,18 @@ _PERSISTENT: tuple[Edit, ...] = (
     ),
     (
         "cuda/loop.cuh",
-        """                   static_cast<int>(threadIdx.x), kThreadsPerBlock);
+        """                   static_cast<int>(threadIdx.x));
     return;
   }
+  constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
   const uint32_t index =
-      (blockIdx.x - source.num_block_tiles) * kWarpsPerBlock + threadIdx.x / kWarpSize;
+      (blockIdx.x - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
   if (index < source.num_warp_tiles) {""",
-        """                   static_cast<int>(threadIdx.x), kThreadsPerBlock);
+        """                   static_cast<int>(threadIdx.x));
   }
-  uint32_t index = (block - source.num_block_tiles) * kWarpsPerBlock + threadIdx.x / kWarpSize;
-  for (; index < source.num_warp_tiles; index += gridDim.x * kWarpsPerBlock) {""",
+  constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
+  uint32_t index = (block - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
+  for (; index < source.num_warp_tiles; index += gridDim.x * kWarps) {""",
     ),
 )
 

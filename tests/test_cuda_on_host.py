@@ -79,6 +79,11 @@ MUTATIONS = {
         "if (kFull || i < num_vectors) {\n#pragma unroll",
         "if (kFull || i <= num_vectors) {\n#pragma unroll",
     ),
+    "a step is walked twice": (
+        "cuda/loop.cuh",
+        "first * kTeam + rank, kTeam",
+        "(first == 1 ? 0 : first) * kTeam + rank, kTeam",
+    ),
     "the last warp tile is skipped": (
         "cuda/loop.cuh",
         "if (index < source.num_warp_tiles)",
@@ -112,8 +117,8 @@ MUTATIONS = {
     "a copy goes the other way": ("cuda/copy.cu", "if constexpr (kToA)", "if constexpr (!kToA)"),
     "a pair is taken for its neighbour": (
         "cuda/launch.cuh",
-        "if (entries[middle].*first <= index)",
-        "if (entries[middle].*first < index)",
+        "if (first[middle] <= index)",
+        "if (first[middle] < index)",
     ),
     "a launch forgets its last pair": (
         "cuda/launch.cuh",
@@ -122,8 +127,8 @@ MUTATIONS = {
     ),
     "the grid is rounded down": (
         "cuda/launch.cuh",
-        "(uint64_t{source.num_warp_tiles} + kWarpsPerBlock - 1) / kWarpsPerBlock",
-        "uint64_t{source.num_warp_tiles} / kWarpsPerBlock",
+        "(uint64_t{source.num_warp_tiles} + kWarps - 1) / kWarps",
+        "uint64_t{source.num_warp_tiles} / kWarps",
     ),
     "misaligned params are taken for aligned": (
         "cuda/vec.cuh",

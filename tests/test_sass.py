@@ -33,7 +33,7 @@ PAIRS = (
     ("BFloat16", "BFloat16"),
     ("Half", "Half"),
 )
-UNROLL = 4  # vectors a thread of a full tile, each of 16 bytes of the wider side
+BLOCK_VECTORS, WARP_VECTORS = 1024, 128  # of a tile, each of 16 bytes of the wider side
 # (sides read, sides written), by the file and the start of the operation's name.
 OPERATIONS = {
     "update": {"Update<(Form)0, ": ("ab", "a"), "Update<(Form)1, ": ("ab", "a")},
@@ -42,9 +42,25 @@ OPERATIONS = {
 }
 SOURCES = ("TableSource", "ListSource")  # a plan's table, or the kernel's arguments
 
-THREADS = 256
-MAX_REGISTERS = 80  # 3 blocks an SM: 65,536 / (3 * 256) = 85, handed out in eights
-BYTES_IN_FLIGHT = 48 * 1024  # an SM: what an H200 needs
+
+class Walk(NamedTuple):
+    """How a block goes through its tile."""
+
+    threads: int
+    step: int  # vectors of a side that a thread loads before it stores
+    blocks: int  # an SM
+
+    def max_registers(self) -> int:
+        """Of the 65,536 of an SM, handed out in eights."""
+        return 65536 // (self.threads * self.blocks) // 8 * 8
+
+
+def walk(op: str, size_a: int, size_b: int) -> Walk:
+    return {
+        "update": Walk(256, 1, 4 if size_a == 8 else 6),
+        "swap": Walk(512, 2, 2),
+        "copy": Walk(256, 2, 5) if size_a != size_b else Walk(256, 1, 8),
+    }[op]
 
 
 class Moves(NamedTuple):
@@ -58,14 +74,20 @@ class Moves(NamedTuple):
     narrow_stores: int = 0
     late_loads: int = 0  # after a store
 
+    def is_within(self, other: Moves) -> bool:
+        """The same accesses; the compiler may fetch ahead of a store what was claimed behind it."""
+        return self == other._replace(late_loads=self.late_loads) and (
+            self.late_loads <= other.late_loads
+        )
 
-def moves_of(loads: list[int], stores: list[int]) -> Moves:
-    """Of accesses of so many bytes; every load is issued before the first store."""
+
+def moves_of(loads: list[int], stores: list[int], late_loads: int = 0) -> Moves:
+    """Of accesses of so many bytes."""
 
     def counts(accesses: list[int]) -> tuple[int, int, int]:
         return accesses.count(16), accesses.count(8), sum(size < 8 for size in accesses)
 
-    return Moves(*counts(loads), *counts(stores))
+    return Moves(*counts(loads), *counts(stores), late_loads)
 
 
 # By what moves: the most loads that are issued and not yet used, in the worst of such ways.
@@ -86,36 +108,57 @@ class Claim(NamedTuple):
         whole = [vec * self.sizes[side]] if side == "a" or aligned_b else [self.sizes[side]] * vec
         return whole * vectors + [self.sizes[side]] * odd
 
+    @property
+    def walk(self) -> Walk:
+        return walk(self.op, self.sizes["a"], self.sizes["b"])
+
+    def loads(self, vectors: int, aligned_b: bool, odd: int) -> list[int]:
+        """The bytes of each load of so many vectors and perhaps one odd element of each side."""
+        return [
+            size for side in self.reads for size in self.accesses(side, vectors, aligned_b, odd)
+        ]
+
     def way(
-        self, vectors: int, aligned_b: bool, odd: int, others: Sequence[int] = ()
+        self,
+        vectors: int,
+        aligned_b: bool,
+        odd: int,
+        others: Sequence[int] = (),
+        narrow_too: bool = True,
     ) -> tuple[Moves, int]:
-        """Moves so many vectors, perhaps an odd element of each side, and has other loads."""
-        loads, stores = (
-            [size for side in sides for size in self.accesses(side, vectors, aligned_b, odd)]
-            for sides in (self.reads, self.writes)
-        )
-        # Each load is issued before one is used.
-        return moves_of([*loads, *others], stores), len(loads)
+        """Moves so many vectors in steps, perhaps an odd element, and has other loads."""
+        stores = [
+            size for side in self.writes for size in self.accesses(side, vectors, aligned_b, odd)
+        ]
+        # Each load of a step is issued before one is used, the odd elements' in the first. A b
+        # that moves by element goes two vectors at least, unless they are of 8 elements.
+        step = self.walk.step if aligned_b or self.sizes["a"] == 2 else max(2, self.walk.step)
+        first = self.loads(min(vectors, step), aligned_b, odd)
+        late = self.loads(max(0, vectors - step), aligned_b, 0)
+        in_flight = len(first) if narrow_too else first.count(16)
+        return moves_of([*first, *late, *others], stores, len(late)), in_flight
 
     def loads_in_flight(self) -> int:
         """Of a full tile, both sides aligned."""
-        return self.way(UNROLL, True, 0)[1]
+        return self.way(BLOCK_VECTORS // self.walk.threads, True, 0)[1]
 
     def bytes_in_flight(self) -> int:
         """The same in bytes a thread."""
-        return sum(sum(self.accesses(side, UNROLL, True, 0)) for side in self.reads)
+        return sum(self.loads(min(self.walk.step, BLOCK_VECTORS // self.walk.threads), True, 0))
 
-    def ways(self, block_tile: bool) -> Ways:
+    def ways(self, block_tile: bool, narrow_too: bool = True) -> Ways:
         """Every way through the kernel's block-tile side, or its warp-tile side."""
         from_table = self.source == "TableSource"
         # A momentum on the device is one more load.
         momenta = ([], [8]) if self.op == "update" else ([],)
         if block_tile:  # full, and its table entry's two pointers are read, not its length
-            vectors, odds, entry = [UNROLL], [0], [8, 8] * from_table
+            vectors = [BLOCK_VECTORS // self.walk.threads]
+            odds, entry = [0], [8, 8] * from_table
         else:
-            vectors, odds, entry = range(UNROLL + 1), [0, 1], [8, 8, 4] * from_table
+            vectors = range(WARP_VECTORS // 32 + 1)
+            odds, entry = [0, 1], [8, 8, 4] * from_table
         moving = (
-            self.way(n, aligned_b, odd, [*momentum, *entry])
+            self.way(n, aligned_b, odd, [*momentum, *entry], narrow_too)
             for n in vectors
             for aligned_b in (True, False)
             for odd in odds
@@ -332,12 +375,12 @@ def kernels(request, compiled) -> dict[str, tuple[Kernel, Claim]]:
 # ---- The checks. Each yields what is wrong with one kernel.
 
 
-def resource_faults(kernel: Kernel):
+def resource_faults(kernel: Kernel, max_registers: int):
     if kernel.spills:
         yield f"spills {kernel.spills} bytes"
     if kernel.stack:
         yield f"has a stack frame of {kernel.stack} bytes"
-    if kernel.registers > MAX_REGISTERS:
+    if kernel.registers > max_registers:
         yield f"takes {kernel.registers} registers"
 
 
@@ -434,33 +477,26 @@ def ways_through(code: list[Instruction], block_tile: bool, narrow_too: bool) ->
 
 def block_tile_faults(kernel: Kernel, claimed: Ways):
     found = ways_through(kernel.code, block_tile=True, narrow_too=True)
-    for moves in sorted(found.keys() - claimed.keys()):
-        yield f"has a way that is not claimed: {moves}"
+    for moves in sorted(found):
+        if not any(moves.is_within(claim) for claim in claimed):
+            yield f"has a way that is not claimed: {moves}"
     yield from way_faults(found, claimed)
 
 
-def warp_tile_faults(kernel: Kernel, claimed: Ways, narrow_too: bool):
+def warp_tile_faults(kernel: Kernel, claimed: Ways, narrow_too: bool = True):
     # Ways that are not claimed are no fault here: where a guard is computed once for the loads and
     # again for the stores, some take the one and not the other, which the hardware never goes.
     found = ways_through(kernel.code, block_tile=False, narrow_too=narrow_too)
-    if not narrow_too:
-        claimed = {moves: moves.wide_loads for moves in claimed}
     yield from way_faults(found, claimed)
 
 
 def way_faults(found: Ways, claimed: Ways):
     for moves, in_flight in claimed.items():
-        if moves not in found:
+        same = [seen for way, seen in found.items() if way.is_within(moves)]
+        if not same:
             yield f"has no way for {moves}"
-        elif found[moves] < in_flight:
-            yield f"has {found[moves]} of {in_flight} loads in flight in {moves}"
-
-
-def occupancy_faults(kernel: Kernel, bytes_a_thread: int):
-    registers = -(-kernel.registers // 8) * 8  # handed out in eights
-    blocks = min(2048 // THREADS, 65536 // (registers * THREADS))
-    if (in_flight := blocks * THREADS * bytes_a_thread) < BYTES_IN_FLIGHT:
-        yield f"has {in_flight} bytes in flight an SM, in {blocks} blocks"
+        elif min(same) < in_flight:
+            yield f"has {min(same)} of {in_flight} loads in flight in {moves}"
 
 
 def assert_none(faults: dict[str, list[str]]) -> None:
@@ -468,8 +504,13 @@ def assert_none(faults: dict[str, list[str]]) -> None:
     assert not lines, "\n".join(lines)
 
 
-def test_no_spills_and_three_blocks_an_sm(kernels):
-    assert_none({name: [*resource_faults(kernel)] for name, (kernel, _) in kernels.items()})
+def test_no_spills_and_as_many_blocks_an_sm_as_asked(kernels):
+    assert_none(
+        {
+            name: [*resource_faults(kernel, claim.walk.max_registers())]
+            for name, (kernel, claim) in kernels.items()
+        }
+    )
 
 
 def test_no_local_memory_no_generic_access_no_division(kernels):
@@ -488,7 +529,7 @@ def test_block_tiles_move_in_vectors_and_every_load_is_in_flight(kernels):
 def test_warp_tiles_move_in_vectors_and_every_wide_one_is_in_flight(kernels):
     assert_none(
         {
-            name: [*warp_tile_faults(kernel, claim.ways(block_tile=False), narrow_too=False)]
+            name: [*warp_tile_faults(kernel, claim.ways(False, narrow_too=False), narrow_too=False)]
             for name, (kernel, claim) in kernels.items()
         }
     )
@@ -497,16 +538,7 @@ def test_warp_tiles_move_in_vectors_and_every_wide_one_is_in_flight(kernels):
 def test_every_load_of_a_warp_tile_is_in_flight(kernels):
     assert_none(
         {
-            name: [*warp_tile_faults(kernel, claim.ways(block_tile=False), narrow_too=True)]
-            for name, (kernel, claim) in kernels.items()
-        }
-    )
-
-
-def test_enough_bytes_in_flight_an_sm(kernels):
-    assert_none(
-        {
-            name: [*occupancy_faults(kernel, claim.bytes_in_flight())]
+            name: [*warp_tile_faults(kernel, claim.ways(block_tile=False))]
             for name, (kernel, claim) in kernels.items()
         }
     )
@@ -522,14 +554,15 @@ def test_loads_in_flight_in_numbers():
         for op, starts in OPERATIONS.items()
         for start in starts
     }
-    # 96 to 128 bytes a thread, and less where one side is read.
-    both = [(8, 128), (8, 96), (8, 96), (8, 128), (8, 128), (8, 128)]
+    # Of a thread, of which an SM holds 1,536 for updates, 2,048 for copies (1,280 of a mixed pair)
+    # and 1,024 for swaps.
+    update = [(2, 32), (2, 24), (2, 24), (2, 32), (2, 32), (2, 32)]
     assert numbers == {
-        "Update<(Form)0, ": both,
-        "Update<(Form)1, ": both,
-        "Swap<": both,
-        "Copy<true, ": [(4, 64), (4, 32), (4, 32), (4, 64), (4, 64), (4, 64)],
-        "Copy<false, ": [(4, 64)] * 6,
+        "Update<(Form)0, ": update,
+        "Update<(Form)1, ": update,
+        "Swap<": [(4, 64), (4, 48), (4, 48), (4, 64), (4, 64), (4, 64)],
+        "Copy<true, ": [(1, 16), (2, 16), (2, 16), (1, 16), (1, 16), (1, 16)],
+        "Copy<false, ": [(1, 16), (2, 32), (2, 32), (1, 16), (1, 16), (1, 16)],
     }
 
 
@@ -613,15 +646,13 @@ def test_the_checks_see_faults(toolchain, tmp_path):
 
 
 def assert_faults(kernel, wanted, name):
-    found = [*resource_faults(kernel), *instruction_faults(kernel)]
+    found = [*resource_faults(kernel, max_registers=80), *instruction_faults(kernel)]
     if name.split()[1] in ("good", "narrow", "one_by_one", "dependent"):
         two = {Moves(wide_loads=2, wide_stores=2): 2}
         found += block_tile_faults(kernel, two)
         # Above its n, the kernel exits at once.
-        assert [*warp_tile_faults(kernel, {Moves(): 0}, narrow_too=True)] == []
-        assert [*warp_tile_faults(kernel, two, narrow_too=True)] != []
-        [fault] = occupancy_faults(kernel, bytes_a_thread=16)
-        assert fault == "has 32768 bytes in flight an SM, in 8 blocks"
+        assert [*warp_tile_faults(kernel, {Moves(): 0})] == []
+        assert [*warp_tile_faults(kernel, two)] != []
     for fault in found:
         assert any(re.search(pattern, fault) for pattern in wanted), (name, fault)
     for pattern in wanted:

@@ -7,7 +7,8 @@ namespace {
 template <bool kToA, typename A, typename B>
 struct Copy {
   static constexpr bool kReadsA = !kToA, kReadsB = kToA, kWritesA = kToA, kWritesB = !kToA;
-  static constexpr Walk kWalk{256, 1, 8};
+  // Half a vector of a mixed pair's param in steps of one is too little on its way.
+  static constexpr Walk kWalk = sizeof(A) == sizeof(B) ? Walk{256, 1, 8} : Walk{256, 2, 5};
   struct Args {};
   __device__ explicit Copy(const Args&) {}
 

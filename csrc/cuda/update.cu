@@ -7,8 +7,7 @@ namespace {
 template <Form kForm, typename A, typename B>
 struct Update {
   static constexpr bool kReadsA = true, kReadsB = true, kWritesA = true, kWritesB = false;
-  // Vectors of 8 bf16 elements take more registers for their fp32 values.
-  static constexpr Walk kWalk{256, 1, sizeof(A) == 2 ? 6 : 8};
+  static constexpr Walk kWalk{256, 1, sizeof(A) == 8 ? 4 : 6};
   struct Args {
     Coefficients<Compute<A>> by_value;
     const double* momentum;
