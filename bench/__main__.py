@@ -180,6 +180,11 @@ def prepare_checked(
     return [call, *others], ""
 
 
+def as_nodes(provider: Provider, calls: Sequence[Call]) -> list[Call]:
+    """The calls to time: those of a captured provider are nodes of one graph."""
+    return [providers.chain(calls)] * len(calls) if provider.is_captured else [*calls]
+
+
 def run_job(
     job: Job, case: Case, sets: Sequence[Lists], cold: bool, seconds: float, settings: Settings
 ) -> Outcome:
@@ -213,7 +218,8 @@ def run_job(
         return outcome
 
     left = max(0.0, seconds - (time.perf_counter() - start))
-    first = {name: own[:1] for name, own in calls.items()}
+    first = {name: as_nodes(chosen[name], own[:1]) for name, own in calls.items()}
+    calls = {name: as_nodes(chosen[name], own) for name, own in calls.items()}
     host_s, host_cold_s, wall_s = {}, {}, {}
     clock: timer.Clock = timer.CpuClock()
     if device.type == "cuda":

@@ -17,6 +17,7 @@ import torch
 
 _DATA = Path(__file__).parent / "data"
 _NUM_VALUES = 2**20
+_ALIGNMENT_BYTES = 512  # Of what torch's CUDA allocator hands out.
 
 
 @dataclass(frozen=True)
@@ -239,8 +240,9 @@ def make_tensors(
     device: torch.device | str,
     seed: int,
     which: Literal["ema", "param"],
+    in_one: bool = False,
 ) -> list[torch.Tensor]:
-    """Allocates the tensors of a case, each by itself, filled with values like weights.
+    """Allocates the tensors of a case, filled with values like weights.
 
     Args:
         case: What to allocate.
@@ -249,6 +251,8 @@ def make_tensors(
         seed: The same seed gives the same values on the same device.
         which: The side of the pair: the two differ in values and, in a case with offsets, in where
             the views start.
+        in_one: One allocation for all, of which the tensors are views, each as well aligned as an
+            allocation of its own. Much faster to make where there are many.
     """
     if which not in ("ema", "param"):
         raise ValueError(f"which must be 'ema' or 'param', got {which!r}")
@@ -262,16 +266,14 @@ def make_tensors(
         [block, block]
     )  # So that a piece from anywhere in the first half is one view.
 
+    if in_one:
+        return _views(case, block, which)
     tensors = []
     pieces: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
     position = 0  # Carried from tensor to tensor, so that neighbours differ.
     for i, shape in enumerate(case.shapes):
-        offset = 0 if case.offsets is None else case.offsets[i]
-        if which == "param":
-            # 1, 3, 5, 7 become 2, 6, 2, 6: no pair shares an alignment, and in fp32 and the
-            # 16-bit dtypes both sides miss 16 bytes.
-            offset = 2 * offset % 8
+        offset = _offset(case, i, which)
         num_elements = math.prod(shape)
         if offset:
             room = torch.empty(offset + num_elements, dtype=dtype, device=device)
@@ -288,6 +290,27 @@ def make_tensors(
     # longer than the measurement.
     torch._foreach_copy_(pieces, values)
     return tensors
+
+
+def _offset(case: Case, i: int, which: str) -> int:
+    offset = 0 if case.offsets is None else case.offsets[i]
+    # 1, 3, 5, 7 become 2, 6, 2, 6: no pair shares an alignment, and in fp32 and the 16-bit dtypes
+    # both sides miss 16 bytes.
+    return 2 * offset % 8 if which == "param" else offset
+
+
+def _views(case: Case, block: torch.Tensor, which: str) -> list[torch.Tensor]:
+    aligned = _ALIGNMENT_BYTES // block.element_size()
+    starts = []
+    end = 0
+    for i, shape in enumerate(case.shapes):
+        starts.append(end + _offset(case, i, which))
+        end += aligned * math.ceil((_offset(case, i, which) + math.prod(shape)) / aligned)
+    room = block[:_NUM_VALUES].repeat(math.ceil(end / _NUM_VALUES))
+    return [
+        room[start : start + math.prod(shape)].view(shape)
+        for start, shape in zip(starts, case.shapes, strict=True)
+    ]
 
 
 def _load_model(name: str, max_elements: int | None) -> Case:

@@ -41,10 +41,23 @@ class Trace:
 
 def trace(call: Call) -> Trace:
     """Runs a call under the profiler; once before it, so that nothing is made in it."""
+    _require_events()
     call()
     torch.cuda.synchronize()
     seen, idle = _count(call), _idle()
     return Trace(*(seen[what] - idle[what] for what in ("kernel", "copy", "wait")))
+
+
+@cache
+def _require_events() -> None:
+    if not torch.autograd.kineto_available():
+        raise RuntimeError("this torch is built without Kineto, so its profiler sees no GPU")
+    known = torch.zeros(1, device="cuda")
+    if not _count(lambda: known.add_(1))["kernel"]:
+        raise RuntimeError(
+            "torch's profiler saw no kernel of an addition on the GPU; it may lack CUPTI, or "
+            "another profiler may hold it. Launches can't be counted here"
+        )
 
 
 @cache
@@ -54,7 +67,8 @@ def _idle() -> Counter[str]:
 
 
 def _count(call: Call) -> Counter[str]:
-    with profile(use_device="cuda") as profiled:
+    # Without Kineto, the default in torch 2.11, the profiler sees nothing of the GPU.
+    with profile(use_device="cuda", use_kineto=True) as profiled:
         call()
     counter: Counter[str] = Counter()
     # Not as torch's tree of events: of 40,000 it takes two seconds to make.

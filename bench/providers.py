@@ -6,7 +6,8 @@ new one is a new row of PROVIDERS.
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, Literal
@@ -28,6 +29,10 @@ CAPTURED = "fused_ema plan captured"
 TRITON = "triton"
 COMPILED = "compile foreach lerp_"
 OWN_COPY = "own copy"
+# On a GPU torch's copy of one flat tensor to another of its dtype is one cudaMemcpyAsync.
+FLAT_COPY = "flat copy_"
+LIMITS = (OWN_COPY, FLAT_COPY)
+MIN_NODES = 10  # Of a captured graph.
 
 # torch.compile unrolls the list into one graph; a thousand tensors take it minutes (140 to 180 s
 # for Adam in pytorch PR 112440).
@@ -106,6 +111,11 @@ class Provider:
     devices: tuple[str, ...] = ("cpu", "cuda")
     only_if_named: bool = False
     beside: tuple[Op, ...] = ()
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether its calls are measured as nodes of a graph."""
+        return self.family == "captured" or self.name == CAPTURED
 
     @property
     def kind(self) -> str:
@@ -204,36 +214,59 @@ def _foreach_cast_lerp(lists: Lists, momentum: float) -> Call:
     return call
 
 
-def captured(call: Call, warm_up_calls: int = 0) -> Call:
-    """The replay of a CUDA graph of that call.
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """Replays a graph, and keeps what its calls work on, of which a graph knows nothing."""
+
+    graph: torch.cuda.CUDAGraph
+    kept: Sequence[Call]
+
+    @property
+    def times(self) -> int:
+        """How often one replay does the op."""
+        return len(self.kept)
+
+    def __call__(self) -> None:
+        """Does it so often."""
+        self.graph.replay()
+
+
+def times(call: Call) -> int:
+    """How often one call does its op."""
+    return call.times if isinstance(call, Replay) else 1
+
+
+def captured(calls: Sequence[Call], warm_up_calls: int = 0) -> Replay:
+    """A CUDA graph of those calls, one after the other.
 
     Args:
-        call: Kept for as long as the result, since a graph knows nothing of the memory it works on.
-        warm_up_calls: Made before, on a stream of their own, as torch asks for.
+        calls: What it records.
+        warm_up_calls: Of the first, made before, on a stream of their own, as torch asks for.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warm_up_calls):
-            call()
+            calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return partial(_replay, graph, call)
+        for call in calls:
+            call()
+    return Replay(graph, tuple(calls))
 
 
-def _replay(graph: torch.cuda.CUDAGraph, kept: Call) -> None:
-    graph.replay()
+def chain(calls: Sequence[Call]) -> Replay:
+    """A graph of all calls, over again until it has MIN_NODES: what a training step would hold.
+
+    A graph of one node, replayed again and again, measures the launch of a graph.
+    """
+    return captured([*calls] * math.ceil(MIN_NODES / len(calls)))
 
 
 def _captured_plan_update(lists: Lists, momentum: float) -> Call:
     held = torch.tensor(momentum, dtype=torch.float64, device=lists.ema[0].device)
-    return captured(partial(fused_ema.Plan(lists.ema, lists.params).update, held))
-
-
-def _captured_foreach_lerp(lists: Lists, momentum: float) -> Call:
-    return captured(_foreach_lerp(lists, momentum))
+    return partial(fused_ema.Plan(lists.ema, lists.params).update, held)
 
 
 def _triton_update(lists: Lists, momentum: float) -> Call:
@@ -353,7 +386,7 @@ PROVIDERS: tuple[Provider, ...] = (
         "foreach lerp_ captured",
         "captured",
         "update",
-        _captured_foreach_lerp,
+        _foreach_lerp,
         "same",
         devices=("cuda",),
     ),
@@ -369,7 +402,12 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider(TRITON, "triton", "update", _triton_update, module="triton", devices=("cuda",)),
     Provider("swa_utils AveragedModel", "package", "update", _averaged_model, "same"),
     Provider(
-        "timm ModelEmaV3", "package", "update", _timm_model_ema, module="timm.utils.model_ema"
+        "timm ModelEmaV3",
+        "package",
+        "update",
+        _timm_model_ema,
+        "same",  # On CUDA it raises for mixed pairs.
+        module="timm.utils.model_ema",
     ),
     Provider(
         "diffusers EMAModel", "package", "update", _diffusers_ema, module="diffusers.training_utils"
@@ -383,6 +421,7 @@ PROVIDERS: tuple[Provider, ...] = (
     Provider("naive copy_", "naive", "copy", _naive_copy),
     Provider("foreach copy_", "foreach", "copy", _foreach_copy),
     Provider(OWN_COPY, "limit", "copy", _plan_copy, beside=OPS),
+    Provider(FLAT_COPY, "limit", "copy", _naive_copy, beside=OPS),
     Provider("own triad", "limit", "update", _plan_update),
     Provider("flat lerp_", "limit", "update", _naive_lerp),
 )
@@ -396,14 +435,14 @@ def names() -> list[str]:
 def choose(op: Op, pair: str, device_type: str, wanted: list[str] | None) -> list[Provider]:
     """The providers of a measurement: the wanted ones, or all that run unasked on that device.
 
-    The own copy is always among them: a record tells its speed as a fraction of that.
+    The limits are always among them: a record tells its speed as a fraction of the fastest.
     """
     return [
         provider
         for provider in PROVIDERS
         if provider.serves(op, pair)
         and (
-            provider.name in wanted or provider.name == OWN_COPY
+            provider.name in wanted or provider.name in LIMITS
             if wanted
             else device_type in provider.devices and not provider.only_if_named
         )

@@ -20,7 +20,7 @@ import torch
 
 import fused_ema
 from bench.cases import Case
-from bench.providers import OWN_COPY, PLAN, Provider
+from bench.providers import LIMITS, OWN_COPY, PLAN, Provider
 from bench.timer import Timing
 
 Record = dict[str, Any]
@@ -105,13 +105,16 @@ def make_records(
                 "ms_p10": timing.p10 * 1e3,
                 "ms_p90": timing.p90 * 1e3,
                 "rounds": timing.rounds,
+                "num_dry": timing.num_dry,
                 "gb_per_s": num_bytes / timing.median / 1e9,
                 **{name: None if s is None else s * 1e6 for name, s in more_s.items()},
             }
         )
-    copy = next((r["gb_per_s"] for r in records if r["provider"] == OWN_COPY), None)
+    limits = {r["provider"]: r["gb_per_s"] for r in records if r["provider"] in LIMITS}
+    limit = max(limits, key=lambda name: limits[name], default=None)
     for record in records:
-        record["fraction_of_copy"] = record["gb_per_s"] / copy if copy else None
+        record["limit"] = limit
+        record["fraction_of_copy"] = record["gb_per_s"] / limits[limit] if limit else None
     return records
 
 

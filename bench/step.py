@@ -256,7 +256,7 @@ def make_ways(training: Training) -> dict[str, Way]:
         ("captured off", "captured, no average", None, ()),
         ("captured", "captured, Plan.update in the graph", partial(plan.update, momentum), managed),
     ):
-        replay = captured(partial(step, average, None), _WARM_UP_STEPS)
+        replay = captured([partial(step, average, None)], _WARM_UP_STEPS)
         ways[name] = Way(title, replay, averaged, "captured off")
     return ways
 

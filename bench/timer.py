@@ -15,6 +15,7 @@ import re
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from bench import cases
 from bench.cases import Case
-from bench.providers import Call, Lists, Op, split_pair
+from bench.providers import Call, Lists, Op, split_pair, times
 
 MIN_ROUNDS = 5
 MAX_ROUNDS = 101
@@ -40,6 +41,8 @@ _CACHE_MULTIPLE = {"cpu": 4, "cuda": 2}
 # More would take longer to make than to measure: a set of many small tensors has few bytes.
 _MAX_SETS = {"cpu": 128, "cuda": 64}
 _CACHE_GUESS_BYTES = 32 * 2**20
+_MAX_SPIN_S = 20e-3
+_MAX_DRY = 3  # Samples in place of one.
 _TENSOR_BYTES = 512  # What torch keeps about a tensor, roughly: TensorImpl, StorageImpl, PyObject.
 
 # The largest error of an update, as a fraction of |ema| + |param|: four roundings to the ema's
@@ -142,12 +145,22 @@ def num_cold_sets(data_bytes: int, num_tensors: int, cache: int, device_type: st
     return needed if needed <= _MAX_SETS[device_type] else 0
 
 
-def make_lists(case: Case, pair: str, device: torch.device, seed: int = 0) -> Lists:
-    """The tensors of a case, both sides, with values of that seed."""
+def make_lists(
+    case: Case, pair: str, device: torch.device, seed: int = 0, in_one: bool = False
+) -> Lists:
+    """The tensors of a case, both sides, with values of that seed.
+
+    Args:
+        case: What to make.
+        pair: Of which dtypes.
+        device: Where.
+        seed: Of the values.
+        in_one: All tensors of a side are views of one allocation.
+    """
     ema, param = split_pair(pair)
     return Lists(
-        cases.make_tensors(case, ema, device, seed, "ema"),
-        cases.make_tensors(case, param, device, seed, "param"),
+        cases.make_tensors(case, ema, device, seed, "ema", in_one),
+        cases.make_tensors(case, param, device, seed, "param", in_one),
     )
 
 
@@ -160,7 +173,12 @@ def make_sets(
     num_sets = num_cold_sets(set_bytes, 2 * case.num_tensors, cache, device.type)
     if num_sets > 1 and 4 * num_sets * set_bytes > memory_bytes:
         num_sets = 0
-    sets = [make_lists(case, pair, device, seed) for seed in range(max(1, num_sets))]
+    # The first is what a model has, and the host is timed on it. To a GPU's memory the others are
+    # the same as views, and 64 sets of 20,000 allocations took longer to make than to measure.
+    sets = [
+        make_lists(case, pair, device, seed, in_one=seed > 0 and device.type == "cuda")
+        for seed in range(max(1, num_sets))
+    ]
     return sets, num_sets > 0
 
 
@@ -184,10 +202,11 @@ class CudaClock:
     A spinning kernel holds the stream while the host fills the queue, so the time between two
     launches doesn't count. It spins 1 ms, or longer where the calls need longer to launch, up to
     20 ms; a provider beyond that, or with more launches than the queue holds, is as slow as its
-    host, in training too.
+    host, in training too. A sample in which the host came too late otherwise is taken again.
     """
 
     def __init__(self) -> None:
+        self.num_dry = 0
         start, end = _event(), _event()
         cycles = 2_000_000
         torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
@@ -199,15 +218,24 @@ class CudaClock:
 
     def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
         """Seconds a call, over all of `calls`, whose launch takes about `host_s` each."""
-        spin_s = min(20e-3, max(1e-3, 1.5 * host_s * len(calls)))
-        start, end = _event(), _event()
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(spin_s * self._cycles_per_s))  # type: ignore[no-untyped-call]
-        start.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
+        spin_s = min(_MAX_SPIN_S, max(1e-3, 1.5 * host_s * len(calls)))
+        for _ in range(_MAX_DRY):
+            start, end = _event(), _event()
+            torch.cuda.synchronize()
+            torch.cuda._sleep(int(spin_s * self._cycles_per_s))  # type: ignore[no-untyped-call]
+            start.record()
+            for call in calls:
+                call()
+            end.record()
+            # The spinning was over before the last launch: a host that stalled would count.
+            is_dry = start.query()  # type: ignore[no-untyped-call]
+            end.synchronize()
+            if not is_dry:
+                break
+            self.num_dry += 1
+            if spin_s == _MAX_SPIN_S and host_s * len(calls) > spin_s:
+                break
+            spin_s = min(_MAX_SPIN_S, 2 * spin_s)
         return float(start.elapsed_time(end)) / 1e3 / len(calls)
 
 
@@ -272,12 +300,18 @@ def limit(seconds: float | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call over all rounds: median, 10th and 90th percentile."""
+    """Seconds a call over all rounds: median, 10th and 90th percentile.
+
+    Attributes:
+        num_dry: How often a GPU ran dry before its host had launched all of a sample. Such a sample
+            is taken again, up to three times in all.
+    """
 
     median: float
     p10: float
     p90: float
     rounds: int
+    num_dry: int = 0
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -313,6 +347,7 @@ def interleave(
     sets = cycle(range(num_sets))
     host_s = host_s or {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    num_dry = Counter[str]()
     names = list(calls)
 
     def sample(name: str, count: int) -> float:
@@ -320,7 +355,10 @@ def interleave(
         todo = [own[next(sets)] for _ in range(count)]
         if hot:
             todo[0]()
-        return clock.seconds(todo, host_s.get(name, 0.0))
+        dry = getattr(clock, "num_dry", 0)
+        took = clock.seconds(todo, host_s.get(name, 0.0) * times(todo[0])) / times(todo[0])
+        num_dry[name] += getattr(clock, "num_dry", 0) - dry
+        return took
 
     with _no_garbage_collection():
         counts = {}
@@ -339,7 +377,7 @@ def interleave(
             for name in random.Random(i).sample(names, len(names)):
                 samples[name].append(sample(name, counts[name]))
     return {
-        name: Timing(percentile(s, 50), percentile(s, 10), percentile(s, 90), len(s))
+        name: Timing(percentile(s, 50), percentile(s, 10), percentile(s, 90), len(s), num_dry[name])
         for name, s in samples.items()
     }
 

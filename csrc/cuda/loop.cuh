@@ -17,7 +17,7 @@
 namespace fused_ema::cuda {
 
 // How a block walks its tile. What was fastest on an H200 differs by what an operation writes:
-// bench/NOTES.md has the figures, bench/gpu/variants.py measures others.
+// bench/NOTES.md has the figures, bench/variants.py measures others.
 struct Walk {
   int threads;        // of a block
   int step;           // vectors of a side that a thread loads before it stores
@@ -79,7 +79,6 @@ __device__ __forceinline__ void run_step(const Op& op, A* __restrict__ a, B* __r
 template <bool kFull, bool kAlignedB, typename Op, typename A, typename B>
 __device__ __forceinline__ void run_vectors(const Op& op, A* __restrict__ a, B* __restrict__ b,
                                             int num_vectors, int rank) {
-  constexpr int kVec = tile_shape(sizeof(A), sizeof(B)).vec;
   constexpr int kTeam = kFull ? Op::kWalk.threads : kWarpSize;
   constexpr int kAThread = (kFull ? kBlockTileVectors : kWarpTileVectors) / kTeam;
   // Where b moves by element, steps of one keep too little on its way, but two of 8 elements a
