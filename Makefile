@@ -5,14 +5,20 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 FRAMEWORKS ?= .venv-frameworks
+# The oldest torch that is supported, which PyPI has built for CUDA.
+CUDA_VENV ?= .venv-cuda
+CUDA_TORCH ?= torch==2.11.0
 OUT ?= bench/out
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
 
 ifeq ($(strip $(VENV)),)
   PY := $(PYTHON)
+  PRETEND_PY := $(PYTHON)
   TOOLS :=
 else
+  PRETEND_PY := $(CUDA_VENV)/bin/python
+  PRETEND_READY := $(CUDA_VENV)/.ready
   PY := $(VENV)/bin/python
   TOOLS := $(VENV)/bin/
   READY := $(VENV)/.ready
@@ -46,9 +52,10 @@ sanitize: $(READY)
 gpu-sanitize: $(READY)
 	$(PY) tests/sanitize/sanitize.py build/sanitize --gpu
 
-# The tests marked "cuda" without a GPU; PYTHON must have a torch that was built for CUDA.
-pretend-gpu:
-	$(PYTHON) tests/pretend/run.py pytest --require-cuda -m cuda $(PYTEST_ARGS)
+# The tests marked "cuda" without a GPU, in an environment whose torch was built for CUDA; with
+# VENV= in that of PYTHON, which must have one.
+pretend-gpu: $(PRETEND_READY)
+	$(PRETEND_PY) tests/pretend/run.py pytest --require-cuda -m cuda $(PYTEST_ARGS)
 
 # Building is required here: a broken compiler must not turn into a green run of the fallback.
 build: $(READY)
@@ -82,6 +89,15 @@ $(FRAMEWORKS)/.ready: pyproject.toml
 	$(PIP) $(TORCH) "setuptools>=77,<81" wheel
 	$(EXTRA) frameworks-alone | MMCV_WITH_OPS=0 xargs -d '\n' $(PIP) --no-deps --no-build-isolation
 	$(EXTRA) frameworks | xargs -d '\n' $(PIP)
+	touch $@
+
+$(CUDA_VENV)/.ready: PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+$(CUDA_VENV)/.ready: PY := $(CUDA_VENV)/bin/python
+$(CUDA_VENV)/.ready: pyproject.toml
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(PIP) $(CUDA_TORCH) "setuptools>=77"
+	$(EXTRA) build test | xargs -d '\n' $(PIP)
+	$(PY) -c 'import torch; assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"'
 	touch $@
 
 $(VENV)/.lint-ready: $(VENV)/.ready

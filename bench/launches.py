@@ -50,7 +50,7 @@ def trace(call: Call) -> Trace:
 
 @cache
 def _require_events() -> None:
-    if not torch.autograd.kineto_available():
+    if not torch.autograd.kineto_available():  # type: ignore[attr-defined]
         raise RuntimeError("this torch is built without Kineto, so its profiler sees no GPU")
     known = torch.zeros(1, device="cuda")
     if not _count(lambda: known.add_(1))["kernel"]:

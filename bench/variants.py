@@ -133,8 +133,7 @@ _PERSISTENT: tuple[Edit, ...] = (
     return;
   }
   constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
-  const uint32_t index =
-      (blockIdx.x - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
+  const uint32_t index = (blockIdx.x - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
   if (index < source.num_warp_tiles) {""",
         """                   static_cast<int>(threadIdx.x));
   }

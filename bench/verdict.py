@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench import report
-from bench.providers import CAPTURED, COMPILED, OWN_COPY, PLAN, TRITON, split_pair
+from bench.providers import CAPTURED, COMPILED, FLAT_COPY, OWN_COPY, PLAN, TRITON, split_pair
 
 Record = report.Record
 F32, MIXED, BF16 = "float32/float32", "float32/bfloat16", "bfloat16/bfloat16"
 _LARGE_BYTES = 256e6  # Of a list: what an L2 cache has no part in.
 _MODELS = ("vit_l16", "sdxl_unet", "llama3_8b")
 FOREACH = "foreach lerp_"
+FLAT_LERP = "flat lerp_"
 NAIVE_SWAP = "clone and two copies"
 
 
@@ -59,6 +60,12 @@ class Records:
     def beside(self, like: Record) -> list[Record]:
         """The records of all providers on the same tensors, in the same run."""
         return [r for r in self.ops if _key(r) == _key(like)]
+
+    def old_copy(self, like: Record) -> Record | None:
+        """The copy of one flat pair in a run whose tables have no FLAT_COPY of their own."""
+        flat = {"run": like["run"], "case": "single", "op": "copy", "cache": "cold"}
+        flat |= {name: like[name] for name in ("ema_dtype", "param_dtype")}
+        return self.find(flat, "naive copy_")
 
     def plans(
         self,
@@ -129,6 +136,20 @@ def _fraction_of_copy(op: str, pair: str) -> Callable[[Records], list[Seen]]:
             for r in records.plans(op, pair)
             if _list_bytes(r) >= _LARGE_BYTES and r["fraction_of_copy"]
         ]
+
+    return values
+
+
+def _of_flat(op: str, flat: str) -> Callable[[Records], list[Seen]]:
+    """Against torch's op on one flat pair of as many elements, byte for byte."""
+
+    def values(records: Records) -> list[Seen]:
+        found = []
+        for r in records.plans(op, F32):
+            other = records.find(r, flat) or (records.old_copy(r) if flat == FLAT_COPY else None)
+            if other is not None and _list_bytes(r) >= _LARGE_BYTES:
+                found.append(Seen(r["gb_per_s"] / other["gb_per_s"], r["case"]))
+        return found
 
     return values
 
@@ -220,6 +241,9 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "update fp32, against foreach", 1.15, "x", _faster_than("update", F32, _MODELS, FOREACH)
     ),
+    Target("update fp32, of torch's flat lerp_", 1.00, "", _of_flat("update", FLAT_LERP)),
+    Target("swap fp32, of cudaMemcpy", 1.00, "", _of_flat("swap", FLAT_COPY)),
+    Target("copy fp32, of cudaMemcpy", 1.00, "", _of_flat("copy", FLAT_COPY)),
     Target("10,000 x 64 on the device", 20, "us", _device_us("small"), "<="),
     Target(
         "10,000 x 64 end to end, against foreach",
@@ -363,13 +387,18 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("files", type=Path, nargs="+", help="JSON files of python -m bench")
     parser.add_argument("--markdown", action="store_true", help="tables for the README as well")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
     args = parser.parse_args(argv)
+    if args.plot and (reason := report.why_no_plot()):
+        parser.error(f"--plot {reason}")
     records = Records(json.loads(path.read_text(encoding="utf-8")) for path in args.files)
     shown = table(records)
     report.show(shown)
     for line in (copy_speed(records), *step_lines(records)):
         if line:
             print(line)
+    if args.plot:
+        report.plot(records.ops, args.plot)
     if args.markdown:
         print(markdown(shown), markdown(summary(records)), sep="\n\n")
     return int(any(row[-1] == "MISSED" for row in shown.rows))
