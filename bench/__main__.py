@@ -372,7 +372,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measures fused_ema against torch on this machine. Lists are separated by "
         "commas; 'all' stands for every name.",
         epilog="Other commands: "
-        + ", ".join(f"python -m bench {name}" for name in COMMANDS if name != "ops")
+        + ", ".join(f"python -m bench {name}" for name in (*COMMANDS[1:], *GPU_COMMANDS))
         + ".",
     )
     add = parser.add_argument
@@ -449,16 +449,18 @@ def _list() -> None:
 
 
 # The first word chooses, without one it is "ops"; every other has a module of its name.
-COMMANDS = ("ops", "train", "manager", "step", "launches", "variants", "counters", "verdict")
+COMMANDS = ("ops", "train", "manager", "step")
+GPU_COMMANDS = ("launches", "variants", "counters", "verdict")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    command = words.pop(0) if words and words[0] in COMMANDS else "ops"
+    command = words.pop(0) if words and words[0] in (*COMMANDS, *GPU_COMMANDS) else "ops"
     if command == "ops":
         return ops_main(words)
-    return int(importlib.import_module(f"bench.{command}").main(words))
+    package = "bench.gpu" if command in GPU_COMMANDS else "bench"
+    return int(importlib.import_module(f"{package}.{command}").main(words))
 
 
 if __name__ == "__main__":

@@ -270,7 +270,7 @@ def _captured_plan_update(lists: Lists, momentum: float) -> Call:
 
 
 def _triton_update(lists: Lists, momentum: float) -> Call:
-    triton_ema = importlib.import_module("bench.triton_ema")
+    triton_ema = importlib.import_module("bench.gpu.triton_ema")
     call: Call = triton_ema.prepare(lists.ema, lists.params, momentum)
     return call
 

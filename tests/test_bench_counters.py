@@ -2,8 +2,8 @@ import subprocess
 
 import pytest
 
-from bench import counters
-from bench.counters import _BASIC, _MORE, RUNS
+from bench.gpu import counters
+from bench.gpu.counters import _BASIC, _MORE, RUNS
 
 METRICS = _BASIC | _MORE
 

@@ -3,8 +3,9 @@ import json
 import pytest
 
 from bench import __main__ as cli
-from bench import launches, providers
-from bench.launches import Trace
+from bench import providers
+from bench.gpu import launches
+from bench.gpu.launches import Trace
 from bench.providers import PLAN, PROVIDERS
 
 PROVIDER = {p.name: p for p in PROVIDERS if p.op == "update"}

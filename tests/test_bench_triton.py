@@ -23,11 +23,11 @@ def load(monkeypatch):
 
     def load(interpreted):
         monkeypatch.setenv("TRITON_INTERPRET", "1" if interpreted else "0")
-        sys.modules.pop("bench.triton_ema", None)
-        return importlib.import_module("bench.triton_ema")
+        sys.modules.pop("bench.gpu.triton_ema", None)
+        return importlib.import_module("bench.gpu.triton_ema")
 
     yield load
-    sys.modules.pop("bench.triton_ema", None)
+    sys.modules.pop("bench.gpu.triton_ema", None)
 
 
 def check(module, ema, params, momentum):

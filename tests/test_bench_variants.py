@@ -9,8 +9,8 @@ import torch
 from host import host_kernels
 from runs import needs_a_real_gpu
 
-from bench import variants
-from bench.variants import BASELINE, VARIANTS, Built, Variant
+from bench.gpu import variants
+from bench.gpu.variants import BASELINE, VARIANTS, Built, Variant
 
 
 def has_nvcc():

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from bench import __main__ as cli
-from bench import verdict
+from bench.gpu import verdict
+from bench.gpu.verdict import TARGETS, Records
 from bench.providers import CAPTURED, COMPILED, OWN_COPY, PLAN, TRITON
-from bench.verdict import TARGETS, Records
 
 ENVIRONMENT = {
     "device": "cuda",

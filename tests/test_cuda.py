@@ -13,7 +13,7 @@ from nets import Net
 from runs import needs_a_real_gpu
 
 import fused_ema
-from bench.launches import no_synchronisation, trace
+from bench.gpu.launches import no_synchronisation, trace
 from fused_ema import EMAManager, schedules
 from fused_ema.testing import DTYPE_PAIRS, assert_bits_equal, make_lists
 

@@ -1,4 +1,4 @@
-"""bench/gpu_report.sh where there is no GPU: it bounds its parts, goes on, and says what failed."""
+"""bench/gpu/report.sh where there is no GPU: it bounds its parts, goes on, and says what failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "bench" / "gpu_report.sh"
+SCRIPT = ROOT / "bench" / "gpu" / "report.sh"
 
 
 def run(*arguments):
@@ -46,7 +46,7 @@ def test_every_part_is_described():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((), "usage: bash bench/gpu_report.sh OUT"), (("out", "nothing"), "unknown part 'nothing'")],
+    [((), "usage: bash bench/gpu/report.sh OUT"), (("out", "nothing"), "unknown part 'nothing'")],
 )
 def test_bad_arguments(arguments, message, tmp_path):
     done = run(*(tmp_path / a if a == "out" else a for a in arguments))

@@ -1,4 +1,4 @@
-// The CUDA kernels as plain C functions, for callers without torch: bench/c_kernels.py calls them.
+// The CUDA kernels as plain C functions, for callers without torch: bench/gpu/c_kernels.py calls them.
 // No part of the module.
 #include <algorithm>
 

@@ -17,7 +17,7 @@
 namespace fused_ema::cuda {
 
 // How a block walks its tile. What was fastest on an H200 differs by what an operation writes:
-// bench/NOTES.md has the figures, bench/variants.py measures others.
+// bench/NOTES.md has the figures, bench/gpu/variants.py measures others.
 struct Walk {
   int threads;        // of a block
   int step;           // vectors of a side that a thread loads before it stores

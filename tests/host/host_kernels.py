@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 import fused_ema
-from bench import c_kernels
-from bench.c_kernels import FORMS
+from bench.gpu import c_kernels
+from bench.gpu.c_kernels import FORMS
 from fused_ema.testing import (
     DTYPE_PAIRS,
     EDGE_SIZES,

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from bench import cases, providers, report, timer
-from bench.c_kernels import Kernels, Operation
+from bench.gpu.c_kernels import Kernels, Operation
 from bench.providers import Call, Lists
 from fused_ema.__main__ import number
 from fused_ema.testing import bits_of
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _SOURCES = ("cuda/update.cu", "cuda/swap.cu", "cuda/copy.cu", "cuda/c_api.cpp", "tiles.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-Xptxas", "-v")
 BASELINE = "as it is"
@@ -42,13 +42,17 @@ Edit = tuple[str, str, str]
 
 _UPDATE_WALK = "Walk kWalk{256, 1, sizeof(A) == 8 ? 4 : 6};"
 _SWAP_WALK = "Walk kWalk{512, 2, 2};"
+_LEAST = "kAlignedB || sizeof(A) == 2 ? 1 : 2"
 _COPY_WALK = "Walk kWalk = sizeof(A) == sizeof(B) ? Walk{256, 1, 8} : Walk{256, 2, 5};"
 
 
 def _walk(threads: int, step: int, blocks: int) -> tuple[Edit, ...]:
     # Of every operation.
     new = f"Walk kWalk{{{threads}, {step}, {blocks}}};"
+    # 2,048 threads an SM leave 32 registers each, too few for two vectors that move by element.
+    least = "1" if threads * blocks == 2048 else _LEAST
     return _changes(
+        ("cuda/loop.cuh", f"kLeast = {_LEAST};", f"kLeast = {least};"),
         ("cuda/update.cu", _UPDATE_WALK, new),
         ("cuda/swap.cu", _SWAP_WALK, new),
         ("cuda/copy.cu", _COPY_WALK, new),
@@ -305,7 +309,7 @@ def write_sources(variant: Variant, folder: Path) -> Path:
     csrc = folder / "csrc"
     shutil.rmtree(csrc, ignore_errors=True)
     shutil.copytree(_ROOT / "csrc", csrc)
-    shutil.copy(_ROOT / "bench" / "bulk.cuh", csrc / "cuda")
+    shutil.copy(Path(__file__).parent / "bulk.cuh", csrc / "cuda")
     for file, old, new in variant.edits:
         path = csrc / file
         text = path.read_text()

@@ -1,4 +1,4 @@
-// A variant of the tile loop (bench/variants.py): Hopper's bulk copies bring a block tile into
+// A variant of the tile loop (bench/gpu/variants.py): Hopper's bulk copies bring a block tile into
 // shared memory. One thread asks for both sides, all wait for them, and the stores go to memory
 // directly.
 #pragma once

@@ -24,7 +24,7 @@ import torch
 
 import fused_ema
 from bench import cases, providers, report, timer
-from bench.c_kernels import Operation
+from bench.gpu.c_kernels import Operation
 from fused_ema.__main__ import number
 
 MOMENTUM = 0.125

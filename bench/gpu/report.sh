@@ -2,7 +2,7 @@
 # Every GPU figure is made by this: builds, tests, sanitises and measures on a machine with an
 # NVIDIA GPU.
 #
-#   bash bench/gpu_report.sh OUT [PART...]
+#   bash bench/gpu/report.sh OUT [PART...]
 #
 # Needs nvcc and a Python with torch 2.11 or later (PYTHON, python3 by default), and no network.
 # Without parts named it runs the first six; each is bounded, together they end within ten minutes,
@@ -38,12 +38,12 @@ for part in "${PARTS[@]}"; do
   fi
 done
 if [[ $# -lt 1 ]]; then
-  echo "usage: bash bench/gpu_report.sh OUT [PART...]" >&2
+  echo "usage: bash bench/gpu/report.sh OUT [PART...]" >&2
   exit 2
 fi
 mkdir -p "$1"
 OUT=$(cd "$1" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 PART_LOG=$(mktemp)

@@ -1,6 +1,6 @@
 """csrc/cuda/c_api.cpp called with tensors: the CUDA kernels from a library of their own.
 
-For several builds of them side by side (bench/variants.py), and for one that runs on the host
+For several builds of them side by side (bench/gpu/variants.py), and for one that runs on the host
 (tests/host/). Nothing is checked: wrong lists write anywhere.
 """
 

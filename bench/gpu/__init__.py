@@ -1,0 +1,1 @@
+"""The commands that need a GPU: `python -m bench launches`, `variants`, `counters`, `verdict`."""
