@@ -101,6 +101,6 @@ def test_one_that_does_not_build_is_named(tmp_path, monkeypatch):
     failures = []
     assert variants.build_all(VARIANTS[:2], tmp_path, "90", failures) == {}
     assert [line.splitlines()[0] for line in sorted(failures)] == [
-        "variant '2 blocks an SM': nvcc failed:",
+        "variant '256 threads in steps of 4': nvcc failed:",
         "variant 'as it is': nvcc failed:",
     ]
