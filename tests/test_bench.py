@@ -531,3 +531,18 @@ def test_plot_without_matplotlib_stops_before_measuring(monkeypatch, capsys, tmp
         cli.main([*TINY, "--plot", str(tmp_path / "bench")])
     assert stopped.value.code == 2
     assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+def test_dry_samples_are_counted_and_a_replay_counts_for_its_nodes():
+    class Clock:
+        num_dry = 0
+
+        def seconds(self, calls, host_s=0.0):
+            self.num_dry += 2
+            return 1.0
+
+    replay = providers.Replay(None, (lambda: None,) * 10)
+    found = timer.interleave({"a": [lambda: None], "b": [replay]}, Clock(), seconds=0, rounds=3)
+    assert found["a"].median == 1.0
+    assert found["b"].median == 0.1
+    assert found["a"].num_dry == found["b"].num_dry == 2 * 4  # Three rounds and a warm-up.

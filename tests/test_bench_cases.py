@@ -247,3 +247,18 @@ def test_values_depend_on_the_seed_and_the_side_alone():
 def test_unknown_side_is_refused():
     with pytest.raises(ValueError, match="which must be 'ema' or 'param', got 'both'"):
         cases.make_tensors(cases.load("small", 64), torch.float32, "cpu", 0, "both")
+
+
+@pytest.mark.parametrize("which", ["ema", "param"])
+def test_tensors_in_one_allocation_lie_as_those_by_themselves(which):
+    case = cases.load("misaligned", 100_000)
+    tensors = cases.make_tensors(case, torch.float32, "cpu", 3, which, in_one=True)
+    assert [tensor.shape for tensor in tensors] == [torch.Size(shape) for shape in case.shapes]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    factor = 2 if which == "param" else 1
+    end = 0
+    for tensor, offset in zip(tensors, case.offsets, strict=True):
+        assert tensor.storage_offset() * 4 % 512 == factor * offset % 8 * 4
+        assert tensor.storage_offset() >= end
+        end = tensor.storage_offset() + tensor.numel()
+        assert tensor.std() > 0.01

@@ -1,6 +1,8 @@
 import json
+from collections import Counter
 
 import pytest
+import torch
 
 from bench import __main__ as cli
 from bench import providers
@@ -53,3 +55,18 @@ def test_run_on_a_gpu(tmp_path):
     assert {r["op"] for r in records} == set(providers.OPS)
     assert all(r["kernels"] == 1 for r in records if r["provider"] == PLAN)
     assert all(r["kernels"] >= 1 for r in records)
+
+
+def test_a_profiler_that_sees_no_gpu_is_named(monkeypatch):
+    launches._require_events.cache_clear()
+    monkeypatch.setattr(torch.autograd, "kineto_available", lambda: False)
+    with pytest.raises(RuntimeError, match="built without Kineto"):
+        launches.trace(lambda: None)
+
+
+@pytest.mark.cuda
+def test_a_profiler_without_events_is_named(monkeypatch):
+    launches._require_events.cache_clear()
+    monkeypatch.setattr(launches, "_count", lambda call: Counter())
+    with pytest.raises(RuntimeError, match="saw no kernel of an addition"):
+        launches.trace(lambda: None)

@@ -5,7 +5,7 @@ import pytest
 from bench import __main__ as cli
 from bench.gpu import verdict
 from bench.gpu.verdict import TARGETS, Records
-from bench.providers import CAPTURED, COMPILED, OWN_COPY, PLAN, TRITON
+from bench.providers import CAPTURED, COMPILED, FLAT_COPY, OWN_COPY, PLAN, TRITON
 
 ENVIRONMENT = {
     "device": "cuda",
@@ -156,7 +156,7 @@ def test_runs_are_not_mixed():
 @pytest.mark.parametrize(("ms", "status"), [(0.9, 0), (1.1, 1)])
 def test_command_names_the_foreach_and_tells_by_its_status(ms, status, tmp_path, capsys):
     ways = ("off", "naive", "foreach", "manager", "side stream", "captured off", "captured")
-    rows = [{"way": way, "ms": 100.0, "share_of_step": 0.01} for way in ways]
+    rows = [{"way": way, "ms": 100.0, "share_of_step": 0.01, "rounds": 30} for way in ways]
     contents = [
         {"records": [op("single", PLAN, ms), op("single", OWN_COPY, 1.0, op="copy")]},
         {"results": [{"title": "ViT-L/16", "rows": rows}]},
@@ -171,3 +171,47 @@ def test_command_names_the_foreach_and_tells_by_its_status(ms, status, tmp_path,
     assert "own copy kernel: 1,000,000 GB/s" in printed
     assert "ViT-L/16: of a step of 100.0 ms, naive 1.00%, foreach 1.00%, manager 1.00%" in printed
     assert f"| single | update | {F32} | {1e6 / ms:,.0f} | {1 / ms:.0%} |" in printed
+
+
+def test_against_torch_s_flat_ops():
+    rows = judged(
+        {
+            "records": [
+                op("vit_l16", PLAN, 1.0),
+                op("vit_l16", "flat lerp_", 0.5),
+                op("vit_l16", PLAN, 1.0, op="swap"),
+                op("vit_l16", FLAT_COPY, 0.8, op="swap"),
+                op("single", PLAN, 1.0, op="copy"),
+                op("single", FLAT_COPY, 1.25, op="copy"),
+            ]
+        }
+    )
+    assert rows["update fp32, of torch's flat lerp_"][1:] == ("0.50", "vit_l16", "MISSED")
+    assert rows["swap fp32, of cudaMemcpy"][1:] == ("0.80", "vit_l16", "MISSED")
+    assert rows["copy fp32, of cudaMemcpy"][1:] == ("1.25", "single", "met")
+
+
+def test_a_run_without_a_flat_copy_in_each_table_has_that_of_the_flat_case():
+    rows = judged(
+        {
+            "records": [
+                op("vit_l16", PLAN, 1.0, op="swap"),
+                op("single", "naive copy_", 0.9, op="copy"),
+            ]
+        },
+        {"records": [op("single", "naive copy_", 0.1, op="copy")]},  # Of another run.
+    )
+    assert rows["swap fp32, of cudaMemcpy"][1:] == ("0.90", "vit_l16", "MISSED")
+
+
+def test_few_rounds_of_a_step_are_called_noise():
+    def told(rounds):
+        rows = [
+            {"way": way, "ms": 80.0, "share_of_step": 0.01, "rounds": rounds}
+            for way in ("off", "naive")
+        ]
+        content = {"results": [{"title": "ViT", "rows": rows}], "environment": ENVIRONMENT}
+        return verdict.step_lines(Records([content]))
+
+    assert told(30) == ["ViT: of a step of 80.0 ms, naive 1.00%"]
+    assert told(29) == ["ViT: of a step of 80.0 ms, naive 1.00% (29 rounds: the order is noise)"]

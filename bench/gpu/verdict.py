@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from bench import report
 from bench.providers import CAPTURED, COMPILED, FLAT_COPY, OWN_COPY, PLAN, TRITON, split_pair
+from bench.step import ENOUGH_ROUNDS
 
 Record = report.Record
 F32, MIXED, BF16 = "float32/float32", "float32/bfloat16", "bfloat16/bfloat16"
@@ -368,8 +369,10 @@ def step_lines(records: Records) -> list[str]:
             for name in ("naive", "foreach", "manager", "side stream", "captured")
             if name in rows
         ]
+        rounds = min(r["rounds"] for r in result["rows"])
+        noise = f" ({rounds} rounds: the order is noise)" if rounds < ENOUGH_ROUNDS else ""
         found.append(
-            f"{result['title']}: of a step of {rows['off']['ms']:.1f} ms, {', '.join(parts)}"
+            f"{result['title']}: of a step of {rows['off']['ms']:.1f} ms, {', '.join(parts)}{noise}"
         )
     return found
 
