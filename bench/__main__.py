@@ -449,7 +449,7 @@ def _list() -> None:
 
 
 # The first word chooses, without one it is "ops"; every other has a module of its name.
-COMMANDS = ("ops", "train", "manager", "step")
+COMMANDS = ("ops", "train", "manager", "step", "host")
 GPU_COMMANDS = ("launches", "variants", "counters", "verdict")
 
 

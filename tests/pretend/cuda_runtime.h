@@ -4,6 +4,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <tuple>
@@ -26,6 +27,9 @@ extern "C" void pretend_launch(cudaStream_t stream, std::function<void()>* work)
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
+  // For measuring what the host does on the way to a launch.
+  static const bool does_nothing = std::getenv("PRETEND_NO_WORK") != nullptr;
+  if (does_nothing) return cudaSuccess;
   // A graph keeps a launch's arguments, and std::function wants to copy what it holds.
   auto kept = std::make_shared<std::tuple<Arguments...>>(arguments...);
   const dim3 grid = config->gridDim, block = config->blockDim;

@@ -7,7 +7,8 @@ Needs a torch built for CUDA, and nvcc's headers. The device's memory is the hos
 own code runs on the processor (runtime.cpp), torch's operations are those of its CPU backend
 (torch_on_cpu.py). What the host does, launches, captures and frees is real; speed, concurrency and
 the arithmetic of a GPU are not. It builds a copy of the project in build/pretend. PRETEND_GB says
-how much memory the device has: 6 by default, and one test needs 20.
+how much memory the device has: 6 by default, and one test needs 20. With PRETEND_NO_WORK set our
+launches do nothing, so that what the host does before them can be timed (`bench host`).
 """
 
 from __future__ import annotations
