@@ -1,5 +1,5 @@
-// The CUDA kernels as plain C functions, for callers without torch: bench/gpu/c_kernels.py calls them.
-// No part of the module.
+// The CUDA kernels as plain C functions, for callers without torch: bench/gpu/c_kernels.py calls
+// them. No part of the module.
 #include <algorithm>
 
 #include "launch.h"
