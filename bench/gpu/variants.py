@@ -554,7 +554,7 @@ def main(argv: Sequence[str]) -> int:
         report.show(tables(built, [])[0])
         return report.print_failures(failures)
 
-    # What nobody has seen run comes last, and by itself: it may hang.
+    # What has not run on a GPU comes last, and by itself: it may hang.
     last = {v.name for v in chosen if v.on_hopper}
     parts = [{n: b for n, b in built.items() if n not in last}]
     if last & built.keys():
