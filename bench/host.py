@@ -1,10 +1,11 @@
 """python -m bench host: how long a call keeps the host, until it returns.
 
 Each row is measured by itself, so that no other provider drives its tensors' records out of the
-caches: hot, one call after the other, and swept, after memory of twice the second-level cache and
-more has been written. And all of it again while other processes keep every core busy, as data
-loader workers do. On one thread of torch's. All tensors have 64 elements; on a GPU each call finds
-an empty queue, and its kernel is not waited for. On a processor the work itself is in the figures.
+caches: hot, one call after the other, and swept, after 64 MB have been written, which is more than
+a second-level cache and may be less than a third. And hot once more while other processes keep
+every core busy, as data loader workers do. On one thread of torch's. All tensors have 64 elements;
+on a GPU each call finds an empty queue, and its kernel is not waited for. On a processor the work
+itself is in the figures.
 
 Without a GPU, the way to a launch can be timed on one that is only pretended:
 
@@ -18,8 +19,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,37 +44,45 @@ def _separate(num_tensors: int, device: torch.device) -> list[Tensor]:
     return [torch.randn(NUM_ELEMENTS, device=device) for _ in range(num_tensors)]
 
 
-def _plan(num_tensors: int, device: torch.device) -> Call:
-    lists = _separate(num_tensors, device), _separate(num_tensors, device)
-    return partial(fused_ema.Plan(*lists).update, MOMENTUM)
+class Made(NamedTuple):
+    """A call, and the tensors that it works on."""
+
+    call: Call
+    ema: list[Tensor]
+    params: list[Tensor]
 
 
-def _flat_plan(num_tensors: int, device: torch.device) -> Call:
+def _plan(num_tensors: int, device: torch.device) -> Made:
+    ema, params = _separate(num_tensors, device), _separate(num_tensors, device)
+    return Made(partial(fused_ema.Plan(ema, params).update, MOMENTUM), ema, params)
+
+
+def _flat_plan(num_tensors: int, device: torch.device) -> Made:
     flat = torch.randn(num_tensors * NUM_ELEMENTS, device=device)
-    emas = list(torch.split(flat, NUM_ELEMENTS))
-    lists = emas, _separate(num_tensors, device)
-    return partial(fused_ema.Plan(*lists).update, MOMENTUM)
+    ema, params = list(torch.split(flat, NUM_ELEMENTS)), _separate(num_tensors, device)
+    return Made(partial(fused_ema.Plan(ema, params).update, MOMENTUM), ema, params)
 
 
-def _manager(num_tensors: int, device: torch.device) -> Call:
-    tensors = _separate(num_tensors, device)
+def _manager(num_tensors: int, device: torch.device) -> Made:
     model = nn.Module()
-    for i, tensor in enumerate(tensors):
+    for i, tensor in enumerate(_separate(num_tensors, device)):
         model.register_parameter(str(i), nn.Parameter(tensor))
-    return fused_ema.EMAManager(model, MOMENTUM).update
+    manager = fused_ema.EMAManager(model, MOMENTUM)
+    ema = [tensor for _, tensor in manager.named_emas()]
+    return Made(manager.update, ema, list(model.parameters()))
 
 
-def _one_shot(num_tensors: int, device: torch.device) -> Call:
-    lists = _separate(num_tensors, device), _separate(num_tensors, device)
-    return partial(fused_ema.update_, *lists, MOMENTUM)
+def _one_shot(num_tensors: int, device: torch.device) -> Made:
+    ema, params = _separate(num_tensors, device), _separate(num_tensors, device)
+    return Made(partial(fused_ema.update_, ema, params, MOMENTUM), ema, params)
 
 
-def _foreach(num_tensors: int, device: torch.device) -> Call:
-    lists = _separate(num_tensors, device), _separate(num_tensors, device)
-    return partial(torch._foreach_lerp_, *lists, MOMENTUM)
+def _foreach(num_tensors: int, device: torch.device) -> Made:
+    ema, params = _separate(num_tensors, device), _separate(num_tensors, device)
+    return Made(partial(torch._foreach_lerp_, ema, params, MOMENTUM), ema, params)
 
 
-ROWS: dict[str, Callable[[int, torch.device], Call]] = {
+ROWS: dict[str, Callable[[int, torch.device], Made]] = {
     "plan": _plan,
     "plan, emas flat": _flat_plan,
     "manager": _manager,
@@ -87,15 +97,17 @@ def _spin() -> None:
 
 
 @contextmanager
-def busy_cores() -> Iterator[None]:
+def busy_cores() -> Iterator[Sequence[BaseProcess]]:
     """Inside of it as many processes as there are cores do nothing, as fast as they can."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)]
+    processes: list[BaseProcess] = [
+        context.Process(target=_spin, daemon=True) for _ in range(os.cpu_count() or 1)
+    ]
     try:
         for process in processes:
             process.start()
         time.sleep(0.5)  # A spawned interpreter takes that long to begin.
-        yield
+        yield processes
     finally:
         for process in processes:
             if process.pid is not None:
@@ -103,16 +115,21 @@ def busy_cores() -> Iterator[None]:
                 process.join()
 
 
+def sweep(memory: Tensor) -> None:
+    """Drives everything else out of the caches that `memory` is larger than."""
+    memory.add_(1)
+
+
 def measure(call: Call, device: torch.device, seconds: float, swept: bool) -> list[float]:
     """Seconds of each call, MIN_CALLS and as many more as fit."""
-    sweep = torch.empty(SWEPT_BYTES, dtype=torch.uint8)
+    memory = torch.zeros(SWEPT_BYTES, dtype=torch.uint8)
     samples: list[float] = []
     for _ in range(3):
         call()
     deadline = time.perf_counter() + seconds
     while len(samples) < MIN_CALLS or time.perf_counter() < deadline:
         if swept:
-            sweep.add_(1)
+            sweep(memory)
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
@@ -135,7 +152,7 @@ def run(sizes: Sequence[int], device: torch.device, seconds: float) -> list[repo
     records = []
 
     def add(name: str, size: int, cores: str, swept: bool) -> None:
-        samples = measure(ROWS[name](size, device), device, share, swept)
+        samples = measure(ROWS[name](size, device).call, device, share, swept)
         record: dict[str, Any] = {"row": name, "num_tensors": size, "cores": cores}
         record |= {"cache": "swept" if swept else "hot", "num_calls": len(samples)}
         for percent in (50, 90, 99):

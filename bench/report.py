@@ -106,6 +106,7 @@ def make_records(
                 "ms_p90": timing.p90 * 1e3,
                 "rounds": timing.rounds,
                 "num_dry": timing.num_dry,
+                "num_dry_kept": timing.num_dry_kept,
                 "gb_per_s": num_bytes / timing.median / 1e9,
                 **{name: None if s is None else s * 1e6 for name, s in more_s.items()},
             }

@@ -207,6 +207,7 @@ class CudaClock:
 
     def __init__(self) -> None:
         self.num_dry = 0
+        self.num_dry_kept = 0
         start, end = _event(), _event()
         cycles = 2_000_000
         torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
@@ -219,7 +220,7 @@ class CudaClock:
     def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
         """Seconds a call, over all of `calls`, whose launch takes about `host_s` each."""
         spin_s = min(_MAX_SPIN_S, max(1e-3, 1.5 * host_s * len(calls)))
-        for _ in range(_MAX_DRY):
+        for tries in range(1, _MAX_DRY + 1):
             start, end = _event(), _event()
             torch.cuda.synchronize()
             torch.cuda._sleep(int(spin_s * self._cycles_per_s))  # type: ignore[no-untyped-call]
@@ -233,7 +234,8 @@ class CudaClock:
             if not is_dry:
                 break
             self.num_dry += 1
-            if spin_s == _MAX_SPIN_S and host_s * len(calls) > spin_s:
+            if tries == _MAX_DRY or host_s * len(calls) > _MAX_SPIN_S:
+                self.num_dry_kept += 1
                 break
             spin_s = min(_MAX_SPIN_S, 2 * spin_s)
         return float(start.elapsed_time(end)) / 1e3 / len(calls)
@@ -305,6 +307,7 @@ class Timing:
     Attributes:
         num_dry: How often a GPU ran dry before its host had launched all of a sample. Such a sample
             is taken again, up to three times in all.
+        num_dry_kept: How many samples stayed dry: they are as slow as the host.
     """
 
     median: float
@@ -312,6 +315,7 @@ class Timing:
     p90: float
     rounds: int
     num_dry: int = 0
+    num_dry_kept: int = 0
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -347,7 +351,7 @@ def interleave(
     sets = cycle(range(num_sets))
     host_s = host_s or {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    num_dry = Counter[str]()
+    dry = Counter[tuple[str, str]]()
     names = list(calls)
 
     def sample(name: str, count: int) -> float:
@@ -355,9 +359,10 @@ def interleave(
         todo = [own[next(sets)] for _ in range(count)]
         if hot:
             todo[0]()
-        dry = getattr(clock, "num_dry", 0)
+        before = _dry(clock)
         took = clock.seconds(todo, host_s.get(name, 0.0) * times(todo[0])) / times(todo[0])
-        num_dry[name] += getattr(clock, "num_dry", 0) - dry
+        for what, count in (_dry(clock) - before).items():
+            dry[name, what] += count
         return took
 
     with _no_garbage_collection():
@@ -368,6 +373,7 @@ def interleave(
             if took < 100 * MIN_SAMPLE_S:
                 took = sample(name, 1)
             counts[name] = min(_MAX_CALLS, math.ceil(MIN_SAMPLE_S / max(took, 1e-9)))
+        dry.clear()  # Warming up may well run dry.
         deadline = time.perf_counter() + seconds
         for i in range(rounds or MAX_ROUNDS):
             if rounds is None and i >= MIN_ROUNDS and time.perf_counter() > deadline:
@@ -377,9 +383,20 @@ def interleave(
             for name in random.Random(i).sample(names, len(names)):
                 samples[name].append(sample(name, counts[name]))
     return {
-        name: Timing(percentile(s, 50), percentile(s, 10), percentile(s, 90), len(s), num_dry[name])
+        name: Timing(
+            percentile(s, 50),
+            percentile(s, 10),
+            percentile(s, 90),
+            len(s),
+            dry[name, "num_dry"],
+            dry[name, "num_dry_kept"],
+        )
         for name, s in samples.items()
     }
+
+
+def _dry(clock: Clock) -> Counter[str]:
+    return Counter({name: getattr(clock, name, 0) for name in ("num_dry", "num_dry_kept")})
 
 
 @contextmanager

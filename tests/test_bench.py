@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -533,16 +534,67 @@ def test_plot_without_matplotlib_stops_before_measuring(monkeypatch, capsys, tmp
     assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
-def test_dry_samples_are_counted_and_a_replay_counts_for_its_nodes():
+def test_dry_samples_of_rounds_are_counted_and_a_replay_counts_for_its_nodes():
     class Clock:
-        num_dry = 0
+        num_dry = num_dry_kept = 0
 
         def seconds(self, calls, host_s=0.0):
-            self.num_dry += 2
+            self.num_dry += 3
+            self.num_dry_kept += 1
             return 1.0
 
     replay = providers.Replay(None, (lambda: None,) * 10)
     found = timer.interleave({"a": [lambda: None], "b": [replay]}, Clock(), seconds=0, rounds=3)
     assert found["a"].median == 1.0
     assert found["b"].median == 0.1
-    assert found["a"].num_dry == found["b"].num_dry == 2 * 4  # Three rounds and a warm-up.
+    assert found["a"].num_dry == found["b"].num_dry == 9  # Not those of the warm-up.
+    assert found["a"].num_dry_kept == found["b"].num_dry_kept == 3
+
+
+@pytest.mark.parametrize(
+    ("dry", "host_s", "num_dry", "num_dry_kept"),
+    [
+        ([False], 0.0, 0, 0),
+        ([True, False], 0.0, 1, 0),
+        ([True, True, False], 0.0, 2, 0),
+        ([True, True, True], 0.0, 3, 1),
+        ([True], 1.0, 1, 1),  # No spinning holds the stream for a host that slow.
+    ],
+)
+def test_a_sample_in_which_the_gpu_ran_dry_is_taken_again(
+    dry, host_s, num_dry, num_dry_kept, monkeypatch
+):
+    class Event:
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+        def query(self):
+            return dry[len(calls) - 1]
+
+        def elapsed_time(self, end):
+            return 1000.0 * len(calls)
+
+    calls, spins = [None], []
+    monkeypatch.setattr(timer, "_event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", spins.append)
+    clock = timer.CudaClock()
+    calls.clear()
+    spins.clear()
+    # The last sample's time, with as many seconds as there were samples.
+    assert clock.seconds([lambda: calls.append(None)], host_s) == len(dry)
+    assert len(spins) == len(calls) == len(dry)
+    assert (clock.num_dry, clock.num_dry_kept) == (num_dry, num_dry_kept)
+    assert spins == sorted(set(spins))  # Each time it spins for longer.
+
+
+@pytest.mark.parametrize(("num_sets", "num_nodes"), [(1, 10), (3, 12), (10, 10), (64, 64)])
+def test_a_chain_has_ten_nodes_and_more_over_all_sets(num_sets, num_nodes, monkeypatch):
+    monkeypatch.setattr(providers, "captured", lambda calls: calls)
+    calls = [partial(int) for _ in range(num_sets)]
+    nodes = providers.chain(calls)
+    assert len(nodes) == num_nodes
+    assert set(nodes) == set(calls)

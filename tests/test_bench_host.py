@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -11,28 +12,43 @@ from bench import host
 
 @pytest.mark.parametrize("name", host.ROWS)
 @pytest.mark.parametrize("num_tensors", [1, 7])
-def test_every_row_updates_what_it_holds(name, num_tensors, monkeypatch, device):
-    made = []
-    real = host._separate
-
-    def separate(count, where):
-        made.append(real(count, where))
-        return made[-1]
-
-    monkeypatch.setattr(host, "_separate", separate)
+def test_every_row_updates_what_it_holds(name, num_tensors, device):
     with torch.no_grad():
-        call = host.ROWS[name](num_tensors, torch.device(device))
-        before = [tensor.clone() for tensors in made for tensor in tensors]
-        versions = sum(t._version for tensors in made for t in tensors)
+        call, ema, params = host.ROWS[name](num_tensors, torch.device(device))
+        assert len(ema) == len(params) == num_tensors
+        for param in params:
+            param.add_(1)  # A manager's emas begin as clones.
+        right = [e.lerp(p, host.MOMENTUM) for e, p in zip(ema, params, strict=True)]
         call()
-    if name in ("plan, emas flat", "manager"):  # Their emas are not among these.
-        after = [tensor for tensors in made for tensor in tensors]
-        assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
-        assert sum(t._version for t in after) == versions
-    else:
-        emas, params = made
-        for ema, param, old in zip(emas, params, before, strict=False):
-            assert torch.equal(ema, old.lerp(param, host.MOMENTUM))
+    assert all(torch.equal(x, y) for x, y in zip(ema, right, strict=True))
+    assert not any(torch.equal(x, y) for x, y in zip(ema, params, strict=True))
+
+
+def test_cores_are_busy_inside_and_free_after():
+    with host.busy_cores() as processes:
+        assert len(processes) == os.cpu_count()
+        assert all(process.is_alive() for process in processes)
+    assert not any(process.is_alive() for process in processes)
+
+
+def test_only_a_swept_call_finds_memory_written_before_it(monkeypatch):
+    log = []
+    real = host.sweep
+
+    def sweep(memory):
+        assert memory.nbytes == host.SWEPT_BYTES
+        before = memory[::4096].clone()
+        real(memory)
+        assert (memory[::4096] != before).all()
+        log.append("sweep")
+
+    monkeypatch.setattr(host, "sweep", sweep)
+    cpu = torch.device("cpu")
+    host.measure(lambda: log.append("call"), cpu, 0, swept=True)
+    assert log[3:] == ["sweep", "call"] * host.MIN_CALLS  # Three calls warm up.
+    log.clear()
+    host.measure(lambda: log.append("call"), cpu, 0, swept=False)
+    assert set(log) == {"call"}
 
 
 def test_the_run_tells_three_percentiles_of_each_row(tmp_path, capsys):

@@ -366,7 +366,7 @@ def summary(records: Records) -> report.Table:
 
 
 def copy_speed(records: Records) -> str:
-    """The limit: what the project's own copy kernel reaches on one large flat pair."""
+    """What the project's own copy kernel reaches on one large flat pair."""
     speeds = [
         r["gb_per_s"] for r in records.ops if r["provider"] == OWN_COPY and r["case"] == "single"
     ]
