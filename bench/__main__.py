@@ -163,12 +163,14 @@ def prepare_checked(
     """
     target = provider.target(sets[0])
     call = provider.prepare(target, momentum)
+    # What is timed is a replay, so a replay is checked.
+    checked = providers.captured([call]) if provider.is_captured else call
     # However long the last provider averaged, ema and param differ again.
     torch._foreach_neg_(target.ema)
     before = timer.sample(target)
     wrong = "it did not finish"
     try:
-        call()
+        checked()
         wrong = timer.check(provider.op, before, timer.sample(target), momentum)
     finally:
         if wrong:  # It may have left anything, and the next provider runs on the same tensors.

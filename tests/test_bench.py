@@ -87,7 +87,10 @@ def test_provider_does_what_its_op_says(provider, pair, momentum, device):
     lists = provider.target(odd_lists(pair, device))
     before = clone(lists)
     with torch.no_grad():
-        provider.prepare(lists, momentum)()
+        call = provider.prepare(lists, momentum)
+        if provider.is_captured:
+            call = providers.captured([call])
+        call()
     for ema, param, old_ema, old_param in zip(
         lists.ema, lists.params, before.ema, before.params, strict=True
     ):
@@ -598,3 +601,14 @@ def test_a_chain_has_ten_nodes_and_more_over_all_sets(num_sets, num_nodes, monke
     nodes = providers.chain(calls)
     assert len(nodes) == num_nodes
     assert set(nodes) == set(calls)
+
+
+def test_of_a_captured_provider_the_replay_is_checked(monkeypatch):
+    lists = odd_lists("float32/float32", "cpu")
+    provider = next(p for p in PROVIDERS if p.name == providers.CAPTURED)
+    right = replace(provider, prepare=providers._naive_lerp)
+    monkeypatch.setattr(providers, "captured", lambda calls: calls[0])
+    with torch.no_grad():
+        assert cli.prepare_checked(right, [lists], 0.3)[1] == ""
+        monkeypatch.setattr(providers, "captured", lambda calls: lambda: None)
+        assert "update: ema element 0 is " in cli.prepare_checked(right, [lists], 0.3)[1]
