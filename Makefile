@@ -24,7 +24,8 @@ else
   READY := $(VENV)/.ready
   LINT_READY := $(VENV)/.lint-ready
 endif
-PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+# Of whichever Python a target names.
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 # What pyproject.toml lists as an extra or a group, so that each version stands there alone.
 EXTRA = $(PY) -c 'import sys, tomllib; all = tomllib.load(open("pyproject.toml", "rb")); lists = all["project"]["optional-dependencies"] | all["dependency-groups"]; print(*(name for wanted in sys.argv[1:] for name in lists[wanted]), sep="\n")'
 CXX_FILES = find csrc bench tests/host tests/sanitize tests/pretend -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
@@ -83,18 +84,17 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 # The Python of the other environment, so that one build serves both.
-$(FRAMEWORKS)/.ready: PIP := $(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check
+$(FRAMEWORKS)/.ready: PY := $(FRAMEWORKS)/bin/python
 $(FRAMEWORKS)/.ready: pyproject.toml
-	test -x $(FRAMEWORKS)/bin/python || $(PYTHON) -m venv $(FRAMEWORKS)
+	test -x $(PY) || $(PYTHON) -m venv $(FRAMEWORKS)
 	$(PIP) $(TORCH) "setuptools>=77,<81" wheel
 	$(EXTRA) frameworks-alone | MMCV_WITH_OPS=0 xargs -d '\n' $(PIP) --no-deps --no-build-isolation
 	$(EXTRA) frameworks | xargs -d '\n' $(PIP)
 	touch $@
 
-$(CUDA_VENV)/.ready: PIP := $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 $(CUDA_VENV)/.ready: PY := $(CUDA_VENV)/bin/python
 $(CUDA_VENV)/.ready: pyproject.toml
-	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	test -x $(PY) || $(PYTHON) -m venv $(CUDA_VENV)
 	$(PIP) $(CUDA_TORCH) "setuptools>=77"
 	$(EXTRA) build test | xargs -d '\n' $(PIP)
 	$(PY) -c 'import torch; assert torch.version.cuda, f"torch {torch.__version__} has no CUDA"'

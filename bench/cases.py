@@ -262,12 +262,11 @@ def make_tensors(
     drawn = torch.float64 if dtype == torch.float64 else torch.float32
     block = torch.randn(_NUM_VALUES, generator=generator, device=device, dtype=drawn)
     block = block.mul_(0.02).to(dtype)
-    block = torch.cat(
-        [block, block]
-    )  # So that a piece from anywhere in the first half is one view.
-
     if in_one:
         return _views(case, block, which)
+    # So that a piece from anywhere in the first half is one view.
+    block = torch.cat([block, block])
+
     tensors = []
     pieces: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
@@ -304,9 +303,10 @@ def _views(case: Case, block: torch.Tensor, which: str) -> list[torch.Tensor]:
     starts = []
     end = 0
     for i, shape in enumerate(case.shapes):
-        starts.append(end + _offset(case, i, which))
-        end += aligned * math.ceil((_offset(case, i, which) + math.prod(shape)) / aligned)
-    room = block[:_NUM_VALUES].repeat(math.ceil(end / _NUM_VALUES))
+        offset = _offset(case, i, which)
+        starts.append(end + offset)
+        end += aligned * math.ceil((offset + math.prod(shape)) / aligned)
+    room = block.repeat(math.ceil(end / _NUM_VALUES))
     return [
         room[start : start + math.prod(shape)].view(shape)
         for start, shape in zip(starts, case.shapes, strict=True)

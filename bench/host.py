@@ -187,15 +187,12 @@ def main(argv: Sequence[str]) -> int:
         "python -m bench host", description="How long a call keeps the host, on one thread."
     )
     add = parser.add_argument
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
+    report.add_device(parser)
     add("--sizes", type=number(int, 1), nargs="+", default=SIZES, help="numbers of tensors")
     add("--seconds", type=number(float, 0), default=_SECONDS, help="for all (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    device = torch.device(args.device)
+    device = report.device_of(parser, args)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

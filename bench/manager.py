@@ -337,7 +337,6 @@ def main(argv: Sequence[str]) -> int:
         "and the calls of state_dict() in an update.",
     )
     add = parser.add_argument
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--tensors", type=number(int, 1), default=NUM_TENSORS, help="of the model (%(default)s)")
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
     add(
@@ -347,15 +346,13 @@ def main(argv: Sequence[str]) -> int:
         metavar="UPDATES",
         help="before the last comparison (%(default)s)",
     )
-    add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
+    report.add_device(parser)
     add("--threads", type=number(int, 1), default=1, help="of torch, on the CPU (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    device = report.device_of(parser, args)
     torch.set_num_threads(args.threads)
 
-    device = torch.device(args.device)
     with report.measuring(device) as facts:
         content = run(args.tensors, args.rounds, args.long, device)
     report.show(table(content))

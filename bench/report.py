@@ -32,6 +32,22 @@ COLORS = {"kernel": "#0b5fa5", "foreach": "#8fb3d3", "naive": "#d3d9df"}
 _OTHERS_SHARE = 0.05
 _PLOTTED_PAIRS = ("float32/float32", "float32/bfloat16")
 
+# ---- options
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Gives a command its --device: a GPU where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=("cpu", "cuda"), help="(%(default)s)")
+
+
+def device_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> torch.device:
+    """The device that was asked for; an error of the command line where there is none."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    return torch.device(args.device)
+
+
 # ---- records
 
 

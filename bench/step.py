@@ -368,17 +368,14 @@ def main(argv: Sequence[str]) -> int:
         description="A training step without an average, and with it in every way.",
     )
     add = parser.add_argument
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--models", type=report.names(tuple(SIZES), "model"), help=f"{', '.join(SIZES)} (all)")
-    add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
+    report.add_device(parser)
     add("--tiny", action="store_true", help="small stacks, for a look at the command itself")
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
     add("--seconds", type=number(float, 0), default=_SECONDS, help="for all (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
-    device = torch.device(args.device)
+    device = report.device_of(parser, args)
     models = args.models or list(SIZES)
     results: list[dict[str, Any]] = []
     stopped: list[str] = []

@@ -351,7 +351,7 @@ def interleave(
     sets = cycle(range(num_sets))
     host_s = host_s or {}
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    dry = Counter[tuple[str, str]]()
+    dry: dict[str, Counter[str]] = {name: Counter() for name in calls}
     names = list(calls)
 
     def sample(name: str, count: int) -> float:
@@ -361,8 +361,7 @@ def interleave(
             todo[0]()
         before = _dry(clock)
         took = clock.seconds(todo, host_s.get(name, 0.0) * times(todo[0])) / times(todo[0])
-        for what, count in (_dry(clock) - before).items():
-            dry[name, what] += count
+        dry[name] += _dry(clock) - before
         return took
 
     with _no_garbage_collection():
@@ -373,7 +372,8 @@ def interleave(
             if took < 100 * MIN_SAMPLE_S:
                 took = sample(name, 1)
             counts[name] = min(_MAX_CALLS, math.ceil(MIN_SAMPLE_S / max(took, 1e-9)))
-        dry.clear()  # Warming up may well run dry.
+        for counter in dry.values():
+            counter.clear()  # Warming up may well run dry.
         deadline = time.perf_counter() + seconds
         for i in range(rounds or MAX_ROUNDS):
             if rounds is None and i >= MIN_ROUNDS and time.perf_counter() > deadline:
@@ -383,14 +383,7 @@ def interleave(
             for name in random.Random(i).sample(names, len(names)):
                 samples[name].append(sample(name, counts[name]))
     return {
-        name: Timing(
-            percentile(s, 50),
-            percentile(s, 10),
-            percentile(s, 90),
-            len(s),
-            dry[name, "num_dry"],
-            dry[name, "num_dry_kept"],
-        )
+        name: Timing(percentile(s, 50), percentile(s, 10), percentile(s, 90), len(s), **dry[name])
         for name, s in samples.items()
     }
 

@@ -219,10 +219,10 @@ std::vector<Range> ranges_of(const CheckedPairs& checked, int side, bool written
 }
 
 void check_overlap(const Signature& s, const CheckedPairs& checked,
-                   const std::vector<std::string>& names) {
+                   const std::vector<std::string>& names, Threads threads) {
   std::vector<Range> ranges[2];
-  const bool by_threads = checked.size() > kParallelPairs && checked[0].device.is_cpu();
-  parallel_chunks(2, by_threads ? 1 : 2, [&](int64_t begin, int64_t end) {
+  const int64_t sides_a_chunk = checked.size() > kParallelPairs ? 1 : 2;
+  parallel_chunks(threads, 2, sides_a_chunk, [&](int64_t begin, int64_t end) {
     for (int64_t side = begin; side < end; ++side) {
       ranges[side] =
           ranges_of(checked, static_cast<int>(side), side == 0 ? s.writes_a : s.writes_b);
@@ -333,10 +333,8 @@ CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
                     names.size(), " names for ", a.size(), " pairs; pass one name a pair, or none");
   CheckedPairs checked(a.size());
   const auto size = static_cast<int64_t>(a.size());
-  // On the way to a launch no pool of threads: one that the machine doesn't run just then held up
-  // kernels of 15 us for milliseconds.
-  const bool by_threads = size > 0 && a[0].is_cpu();
-  parallel_chunks(size, by_threads ? kParallelPairs : size, [&](int64_t begin, int64_t end) {
+  const Threads threads = a.empty() ? Threads::kThisOne : threads_for(a[0].device());
+  parallel_chunks(threads, size, kParallelPairs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kTensorsAhead < end) {
         for (const Tensors* list : {&a, &b}) {
@@ -351,7 +349,7 @@ CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
     if (checked[i].is_usual) continue;
     check_pair(s, a[i], b[i], where(s.side_a, i, names), where(s.side_b, i, names));
   }
-  check_overlap(s, checked, names);
+  check_overlap(s, checked, names, threads);
   return checked;
 }
 

@@ -113,7 +113,7 @@ void run_on_cpu(const Group& group, const Operation& operation) {
   const TileShape shape = tile_shape(group.pair);
   const int64_t total = group.spans.cost_before.back();
   // One parallel region: where another program holds a core, each region may wait for a time slice.
-  parallel_chunks(total, cpu::chunk_cost(total), [&](int64_t begin, int64_t end) {
+  parallel_chunks(Threads::kAll, total, cpu::chunk_cost(total), [&](int64_t begin, int64_t end) {
     // Before the work, which drives what the check has just read out of the caches.
     bump_written(group, operation, begin, end, total);
     cpu::run_range(group.spans, shape, work, begin, end);
@@ -317,7 +317,7 @@ void run(Groups& groups, const Operation& operation) {
 #ifdef FUSED_EMA_WITH_CUDA
     if (group.device.is_cuda()) {
       run_on_cuda(group, operation);
-      bump_written(group, operation, 0, 1, 1);
+      bump_written(group, operation, 0, 1, 1);  // all of them
       continue;
     }
 #endif

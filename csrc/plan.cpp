@@ -140,11 +140,9 @@ bool Plan::is_stale() const {
   }
   const auto size = static_cast<int64_t>(state_->seen.size());
   if (size <= kTensorsAChunk) return !are_unchanged<Cache::kFirst>(0, size);
-  // Between the call and a launch no pool of threads: one that the machine doesn't run just then
-  // held up kernels of 15 us for milliseconds.
-  if (state_->groups.has_launches()) return !are_unchanged<Cache::kSecond>(0, size);
   std::atomic<bool> stale{false};
-  parallel_chunks(size, kTensorsAChunk, [&](int64_t begin, int64_t end) {
+  const Threads threads = state_->groups.has_launches() ? Threads::kThisOne : Threads::kAll;
+  parallel_chunks(threads, size, kTensorsAChunk, [&](int64_t begin, int64_t end) {
     if (!are_unchanged<Cache::kSecond>(begin, end)) stale = true;
   });
   return stale;

@@ -7,6 +7,7 @@ namespace {
 template <Form kForm, typename A, typename B>
 struct Update {
   static constexpr bool kReadsA = true, kReadsB = true, kWritesA = true, kWritesB = false;
+  // fp64 takes more registers where params are misaligned.
   static constexpr Walk kWalk{256, 1, sizeof(A) == 8 ? 4 : 6};
   struct Args {
     Coefficients<Compute<A>> by_value;
