@@ -1,7 +1,7 @@
 """python -m bench: measures fused_ema against torch on this machine.
 
-The default command measures single ops; each other command has a module of its name. Each
-job is one table: a case, a dtype pair and an op. Its providers are checked against float64,
+The default command measures single ops; each other command has a module of its name, here or in
+bench/gpu. Each job is one table: a case, a dtype pair and an op. Its providers are checked against float64,
 then timed in turn (bench/timer.py says how); a provider with wrong values is named, not timed, and
 makes the run fail.
 """
@@ -378,13 +378,12 @@ def make_parser() -> argparse.ArgumentParser:
         + ".",
     )
     add = parser.add_argument
-    default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--list", action="store_true", help="show every case, op, dtype pair and provider")
     add("--cases", type=report.names(cases.names(), "case"), help="lists of tensors to run on")
     add("--ops", type=report.names(OPS, "op"), help="update, swap, copy")
     add("--dtypes", type=report.names(providers.DTYPE_PAIRS, "dtype pair"), help="as ema/param")
     add("--providers", type=report.names(providers.names(), "provider"), help="who is measured")
-    add("--device", default=default_device, choices=("cpu", "cuda"), help="(%(default)s)")
+    report.add_device(parser)
     add("--momentum", type=number(float, 0, 1), default=DEFAULT_MOMENTUM, help="(%(default)s)")
     add("--max-elements", type=number(int, 1), help="scale larger cases down to this")
     add("--memory-gb", type=number(float, 0), help="use at most this much memory")
@@ -403,13 +402,11 @@ def ops_main(argv: Sequence[str]) -> int:
     if args.list:
         _list()
         return 0
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
+    device = report.device_of(parser, args)
     if args.plot and (reason := report.why_no_plot()):
         parser.error(f"--plot {reason}")
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
     memory = _MEMORY_SHARE * available_bytes(device)
     settings = Settings(
         device=device,
@@ -450,7 +447,8 @@ def _list() -> None:
         print(f"provider  {provider.name:24} {provider.op:7} {provider.kind}{absent}")
 
 
-# The first word chooses, without one it is "ops"; every other has a module of its name.
+# The first word chooses, without one it is "ops"; every other has a module of its name, those for a
+# GPU in bench/gpu.
 COMMANDS = ("ops", "train", "manager", "step", "host")
 GPU_COMMANDS = ("launches", "variants", "counters", "verdict")
 
