@@ -1,9 +1,9 @@
 """python -m bench: measures fused_ema against torch on this machine.
 
 The default command measures single ops; each other command has a module of its name, here or in
-bench/gpu. Each job is one table: a case, a dtype pair and an op. Its providers are checked against float64,
-then timed in turn (bench/timer.py says how); a provider with wrong values is named, not timed, and
-makes the run fail.
+bench/gpu. Each job is one table: a case, a dtype pair and an op. Its providers are checked against
+float64, then timed in turn (bench/timer.py says how); a provider with wrong values is named, not
+timed, and makes the run fail.
 """
 
 import argparse
