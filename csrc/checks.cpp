@@ -333,7 +333,8 @@ CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
                     names.size(), " names for ", a.size(), " pairs; pass one name a pair, or none");
   CheckedPairs checked(a.size());
   const auto size = static_cast<int64_t>(a.size());
-  const Threads threads = a.empty() ? Threads::kThisOne : threads_for(a[0].device());
+  const bool on_cpu = !a.empty() && a[0].is_cpu();
+  const Threads threads = on_cpu ? Threads::kAll : Threads::kThisOne;
   parallel_chunks(threads, size, kParallelPairs, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + kTensorsAhead < end) {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <c10/core/Device.h>
 
 #include <algorithm>
 #include <atomic>
@@ -13,10 +12,6 @@ namespace fused_ema {
 // Who takes the chunks. Between a call and a launch this thread alone: a pool thread that the
 // machine didn't run just then held up kernels of 15 us for milliseconds.
 enum class Threads { kAll, kThisOne };
-
-inline Threads threads_for(at::Device device) {
-  return device.is_cpu() ? Threads::kAll : Threads::kThisOne;
-}
 
 // Calls f(begin, end) for consecutive chunks of [0, size), each thread taking the next when it has
 // done one. Up to one chunk runs on this thread alone.

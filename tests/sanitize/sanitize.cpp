@@ -125,7 +125,7 @@ void run_cpu(DtypePair pair, const Operation& operation, const Side& a, const Si
   const cpu::SpanTable table = cpu::make_span_table(spans_of(a, b));
   const int64_t total = table.cost_before.back();
   // As groups.cpp does, but in smaller chunks: more seams between threads.
-  parallel_chunks(total, 1 << 10, [&](int64_t begin, int64_t end) {
+  parallel_chunks(Threads::kAll, total, 1 << 10, [&](int64_t begin, int64_t end) {
     cpu::run_range(table, tile_shape(pair), work, begin, end);
   });
 }
