@@ -144,17 +144,28 @@ void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
   check_memory(b, at_b);
 }
 
+// The dtype pair that was found last: lists have one or two, each in runs.
+struct LastPair {
+  at::ScalarType a = at::ScalarType::Undefined;
+  at::ScalarType b = at::ScalarType::Undefined;
+  std::optional<FoundPair> found = std::nullopt;
+};
+
 // Reads a pair. May run beside other threads, so it calls nothing that may need Python.
-CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
+CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b, LastPair& last) {
   CheckedPair pair;
-  const std::optional<FoundPair> found =
-      find_pair(a.scalar_type(), b.scalar_type(), s.either_order);
-  if (!found) return pair;
-  pair.pair = found->pair;
-  pair.flipped = found->flipped;
+  if (a.scalar_type() != last.a || b.scalar_type() != last.b) {
+    last = {a.scalar_type(), b.scalar_type()};
+    last.found = find_pair(last.a, last.b, s.either_order);
+  }
+  if (!last.found) return pair;
+  pair.pair = last.found->pair;
+  pair.flipped = last.found->flipped;
   bool are_plain = true;
-  bool have_memory = true;
+  bool are_aligned = true;
   bool are_whole = true;
+  bool have_storage = true;
+  bool are_inference = false;
   for (int side : {0, 1}) {
     const at::Tensor& tensor = side == 0 ? a : b;
     if (!is_plain(tensor) || tensor.layout() != at::kStrided) {
@@ -165,22 +176,41 @@ CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b) {
     pair.device = tensor.device();
     pair.numel = tensor.numel();
     pair.is_dense[side] = tensor.is_non_overlapping_and_dense();
-    if (!tensor.is_inference()) pair.versions[side] = version_counter_of(impl);
-    if (!tensor.has_storage()) {
-      have_memory = false;
+    const bool is_inference = tensor.is_inference();
+    are_inference |= is_inference;
+    if (!is_inference) pair.versions[side] = version_counter_of(impl);
+    // Not has_storage(), which is virtual: a call for each tensor.
+    const c10::StorageImpl* storage = storage_of(impl);
+    if (storage == nullptr) {
+      have_storage = false;
     } else if (pair.numel > 0 && !tensor.is_meta()) {
-      pair.data[side] = tensor.const_data_ptr();
-      pair.is_lazy[side] = is_lazy_copy(*storage_of(impl));
-      have_memory &= reinterpret_cast<uintptr_t>(pair.data[side]) % tensor.itemsize() == 0;
+      pair.data[side] = data_of(impl, *storage, tensor.itemsize());
+      pair.is_lazy[side] = is_lazy_copy(*storage);
+      are_aligned &= reinterpret_cast<uintptr_t>(pair.data[side]) % tensor.itemsize() == 0;
       are_whole &= bytes_needed(tensor) <= bytes_held(tensor);
     }
   }
   if (!are_plain || a.sizes() != b.sizes() || a.device() != b.device()) return pair;
   const bool are_dense = pair.is_dense[0] && pair.is_dense[1];
-  pair.has_memory = a.has_storage() && b.has_storage();
-  pair.is_usual = are_dense && are_whole && !a.is_inference() && !b.is_inference();
-  pair.has_plain_memory = have_memory && are_dense && have_equal_strides(a, b);
+  pair.has_memory = have_storage;
+  pair.is_usual = are_dense && are_whole && !are_inference;
+  pair.has_plain_memory = have_storage && are_aligned && are_dense && have_equal_strides(a, b);
   return pair;
+}
+
+template <Cache kTo>
+void look_at(const Signature& s, const Tensors& a, const Tensors& b, int64_t begin, int64_t end,
+             CheckedPairs& checked) {
+  LastPair last;
+  for (int64_t i = begin; i < end; ++i) {
+    if (i + kTensorsAhead < end) {
+      for (const Tensors* list : {&a, &b}) {
+        prefetch_tensor<kTo>((*list)[i + kTensorsAhead].unsafeGetTensorImpl());
+        prefetch_memory<kTo>(storage_of(*(*list)[i + kTensorsAhead / 2].unsafeGetTensorImpl()));
+      }
+    }
+    checked[i] = look(s, a[i], b[i], last);
+  }
 }
 
 struct Range {
@@ -336,14 +366,10 @@ CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
   const bool on_cpu = !a.empty() && a[0].is_cpu();
   const Threads threads = on_cpu ? Threads::kAll : Threads::kThisOne;
   parallel_chunks(threads, size, kParallelPairs, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i + kTensorsAhead < end) {
-        for (const Tensors* list : {&a, &b}) {
-          prefetch_tensor((*list)[i + kTensorsAhead].unsafeGetTensorImpl());
-          prefetch_memory(storage_of(*(*list)[i + kTensorsAhead / 2].unsafeGetTensorImpl()));
-        }
-      }
-      checked[i] = look(s, a[i], b[i]);
+    if (size <= kTensorsAChunk) {
+      look_at<Cache::kFirst>(s, a, b, begin, end, checked);
+    } else {
+      look_at<Cache::kSecond>(s, a, b, begin, end, checked);
     }
   });
   for (size_t i = 0; i < a.size(); ++i) {

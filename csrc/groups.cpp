@@ -242,7 +242,12 @@ Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b,
     }
     Group& group = group_for(result.groups, pair);
     ++group.num_pairs;
-    spans.resize(result.groups.size());
+    if (spans.size() < result.groups.size()) {
+      // Most often one group takes all.
+      spans.emplace_back().reserve(checked.size() - i);
+      if (s.writes_a) group.versions_a.reserve(checked.size() - i);
+      if (s.writes_b) group.versions_b.reserve(checked.size() - i);
+    }
     if (pair.numel == 0) continue;
     const auto address = [&](int side, const at::Tensor& tensor) {
       const bool written = side == 0 ? s.writes_a : s.writes_b;

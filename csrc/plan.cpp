@@ -105,10 +105,7 @@ bool Plan::is_unchanged(const Seen& seen) const {
   const c10::StorageImpl* storage = storage_of(tensor);
   if (storage == nullptr || tensor.numel() != seen.numel) return false;
   if (tensor.dtype() != seen.dtype) return false;
-  const int64_t offset_bytes = tensor.storage_offset() * seen.itemsize;
-  if (seen.numel > 0 &&
-      static_cast<const char*>(memory_of(*storage).get()) + offset_bytes != seen.data)
-    return false;
+  if (seen.numel > 0 && data_of(tensor, *storage, seen.itemsize) != seen.data) return false;
   // A lazy copy was taken meanwhile: a write would reach it. Making the plan anew parts the two.
   if (is_lazy_copy(*storage)) return false;
   // As many elements, contiguous: the same ones in the same order, whatever their shape. The flag

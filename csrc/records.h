@@ -28,6 +28,12 @@ inline const at::DataPtr& memory_of(const c10::StorageImpl& storage) {
   return const_cast<c10::StorageImpl&>(storage)._mutable_data_ptr_no_checks();
 }
 
+// Where the elements begin, as const_data_ptr() has it.
+inline const void* data_of(const c10::TensorImpl& tensor, const c10::StorageImpl& storage,
+                           int64_t itemsize) {
+  return static_cast<const char*>(memory_of(storage).get()) + tensor.storage_offset() * itemsize;
+}
+
 // Whether the memory is shared with a lazy copy (torch._lazy_clone) until one of them is written.
 inline bool is_lazy_copy(const c10::StorageImpl& storage) {
   return memory_of(storage).get_deleter() == c10::impl::cow::cow_deleter;
@@ -46,9 +52,10 @@ void prefetch(const void* address) {
 
 // Every line of a tensor. It lies at a multiple of 16 bytes, so a field may lie in the line after
 // the one that its offset suggests.
-inline void prefetch_tensor(const c10::TensorImpl* tensor) {
+template <Cache kTo>
+void prefetch_tensor(const c10::TensorImpl* tensor) {
   const char* bytes = reinterpret_cast<const char*>(tensor);
-  for (int offset : {8, 64, 128, 172}) prefetch(bytes + offset);
+  for (int offset : {8, 64, 128, 172}) prefetch<kTo>(bytes + offset);
 }
 // The same without the line or two that hold nothing but sizes and strides.
 template <Cache kTo>
