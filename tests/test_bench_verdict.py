@@ -287,7 +287,7 @@ def test_a_stalled_median_is_not_fit_and_a_stalled_tail_is(make):
     assert rows["update fp32, of copy"][1:] == ("", "", "not fit")
     (line,) = verdict.unfit_lines(records)
     assert ("made before samples in which the GPU ran dry" in line) == (make is old)
-    assert line.endswith("its median of 2 ms is 2 times its p10, p90 4: the host stalled")
+    assert line.endswith("its median of 2 ms is 2 times its p10, p90 4: as where the host stalls")
     rows, records = rows_of(ms_p10=1.9, ms_p90=400.0)
     assert rows["against Triton"][1:] == ("0.50x", "single, triton", "MISSED")
     assert verdict.unfit_lines(records) == []

@@ -133,7 +133,7 @@ def why_unfit(r: Record) -> str:
         when = "made before samples in which the GPU ran dry were taken again; " if is_old else ""
         return (
             f"{when}its median of {r['ms']:.3g} ms is {r['ms'] / r['ms_p10']:.0f} times its p10, "
-            f"p90 {r['ms_p90']:.3g}: the host stalled"
+            f"p90 {r['ms_p90']:.3g}: as where the host stalls"
         )
     return ""
 
