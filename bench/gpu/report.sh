@@ -38,6 +38,7 @@ declare -A SECONDS_FOR=(
 )
 PARTS=(build test sanitize memcheck launches bench step host counters compile variants)
 CHECKS=" test sanitize memcheck "
+UNASKED=660 # Of fifteen minutes, with the machine's start and what has to be brought there.
 START=20 # Until the first part begins.
 GRACE=10 # To end in, for a part that is interrupted.
 
@@ -47,7 +48,7 @@ usage() {
 }
 
 COMMAND=(${PYTHON+env "PYTHON=$PYTHON"} bash "${BASH_SOURCE[0]}")
-BUDGET=660
+BUDGET=$UNASKED
 LIBRARIES=
 while [[ ${1:-} == --* ]]; do
   [[ $# -ge 2 ]] || usage
@@ -257,7 +258,7 @@ fi
     if ((needed > BUDGET)); then
       BUDGET=$needed
     fi
-    [[ $BUDGET -eq 660 ]] || COMMAND+=(--seconds "$BUDGET")
+    ((BUDGET == UNASKED)) || COMMAND+=(--seconds "$BUDGET")
     printf '%q ' "${COMMAND[@]}" "$GIVEN_OUT" "${LEFT_OUT[@]}"
     echo
   fi
