@@ -187,12 +187,12 @@ FAILED=0
 
 # Runs parts beside each other. A shell of its own for each, since timeout can't bound a function;
 # pipefail so that the part's status counts. Interrupted, pytest and bench still tell what they have
-# seen; but what a script runs in the background ignores an interrupt, unless it is told not to.
+# seen: timeout's children heed an interrupt, which others in the background of a script ignore.
 run_beside() { # PART...
   local part pid=() result took line i=0
   echo "== $*" | tee -a "$OUT/log.txt"
   for part in "$@"; do
-    env --default-signal=INT timeout --signal=INT --kill-after="$GRACE" "${SECONDS_FOR[$part]}" \
+    timeout --signal=INT --kill-after="$GRACE" "${SECONDS_FOR[$part]}" \
       bash -euo pipefail -c "trap 'echo \$SECONDS >\"$LOGS/$part.took\"' EXIT; run_$part" \
       >"$LOGS/$part" 2>&1 &
     pid+=($!)
