@@ -13,6 +13,7 @@ Build switches (environment):
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -49,6 +51,20 @@ INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512}
 KERNEL_SOURCES = ("update.cpp", "swap.cpp", "copy.cpp")
+
+
+def digest(files: Iterable[Path]) -> str:
+    """Of what the files hold."""
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()[:16]
+
+
+def fingerprint() -> str:
+    """Of all that a module is made of here: csrc/, and this file, which has the flags."""
+    sources = sorted(path for path in CSRC.rglob("*") if path.is_file())
+    return digest([*sources, ROOT / "setup.py"])
 
 
 class BuildError(RuntimeError):
@@ -215,6 +231,7 @@ class NinjaBuildExt(build_ext):
         if ninja is None:
             raise BuildError("ninja is not installed; pip install ninja")
         cuda = find_cuda()
+        sources = fingerprint()  # Before they are read: a later change must show.
         objects = Path(self.build_temp).resolve()
         objects.mkdir(parents=True, exist_ok=True)
         (objects / "build.ninja").write_text(str(ninja_file(objects, target, cuda)))
@@ -229,6 +246,8 @@ class NinjaBuildExt(build_ext):
             "torch": torch.__version__,
             "cuda": cuda_version(cuda) if cuda is not None else None,
             "instruction_sets": list(INSTRUCTION_SETS),
+            "sources": sources,
+            "module": digest([target]),
         }
 
 

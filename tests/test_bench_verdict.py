@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,18 @@ ENVIRONMENT = {
     "foreach_arguments": "4 KB",
 }
 F32, MIXED = "float32/float32", "float32/bfloat16"
+ROOT = Path(__file__).parents[1]
+H200 = ROOT / "bench" / "results" / "h200"
+FIRST = (
+    "bench",
+    "bench_mixed",
+    "bench_bf16",
+    "launches",
+    "step",
+    "step_vit",
+    "compile",
+    "small500",
+)
 
 
 def op(case, provider, ms, *, pair=F32, op="update", elements=10**8, **more):
@@ -27,6 +41,7 @@ def op(case, provider, ms, *, pair=F32, op="update", elements=10**8, **more):
         **{"kind": family if family in ("ours", "limit", "triton") else "torch", "cache": "cold"},
         **{"ema_dtype": ema, "param_dtype": param, "num_elements": elements, "note": ""},
         **{"ms": ms, "gb_per_s": 1e6 / ms, "fraction_of_copy": 1 / ms},
+        **{"ms_p10": 0.99 * ms, "ms_p90": 1.01 * ms, "num_dry": 0},
         **{"host_us": 10.0, "wall_us": 1000 * ms, **more},
     }
 
@@ -238,3 +253,135 @@ def test_host_times_are_those_measured_by_themselves():
     assert rows["host time, 5,000 emas flat"][1:] == ("60.0 us", "plan, emas flat", "met")
     tail = rows["host time among busy cores, p99 of p50"]
     assert tail[1:] == ("4.00x", "500, plan", "MISSED")
+
+
+def old(*arguments, **more):
+    record = op(*arguments, **more)
+    del record["num_dry"]
+    return record
+
+
+def test_a_graph_of_its_own_is_not_fit_to_judge_a_captured_call():
+    content = {"environment": ENVIRONMENT, "records": [op("small", PLAN, 0.015)]}
+    content["records"].append(old("small", CAPTURED, 0.03))
+    records = Records([content])
+    rows = {row[0]: row[1:] for row in verdict.lines(records)}
+    assert rows["captured, beyond the bare kernel"] == ("<= 2.0 us", "", "", "not fit")
+    assert rows["10,000 x 64 on the device"][-1] == "met"
+    assert verdict.unfit_lines(records) == [
+        f"not fit: {CAPTURED} on small update {F32} cold: made before captured calls were nodes of "
+        "one graph: a graph's launch is in it"
+    ]
+    content["records"][1] = op("small", CAPTURED, 0.03)
+    assert judged(content)["captured, beyond the bare kernel"][-1] == "MISSED"
+
+
+@pytest.mark.parametrize("make", [old, op])
+def test_a_stalled_median_is_not_fit_and_a_stalled_tail_is(make):
+    def rows_of(**spread):
+        content = {"records": [make("single", PLAN, 2.0, **spread), op("single", TRITON, 1.0)]}
+        return judged(content), Records([{"environment": ENVIRONMENT, **content}])
+
+    rows, records = rows_of(ms_p10=0.9, ms_p90=4.0)
+    assert rows["against Triton"][1:] == ("", "", "not fit")
+    assert rows["update fp32, of copy"][1:] == ("", "", "not fit")
+    (line,) = verdict.unfit_lines(records)
+    assert ("made before samples in which the GPU ran dry" in line) == (make is old)
+    assert line.endswith("its median of 2 ms is 2 times its p10, p90 4: as where the host stalls")
+    rows, records = rows_of(ms_p10=1.9, ms_p90=400.0)
+    assert rows["against Triton"][1:] == ("0.50x", "single, triton", "MISSED")
+    assert verdict.unfit_lines(records) == []
+
+
+def test_of_the_first_h200_run_what_is_known_as_wrong_is_not_judged():
+    contents, _, _ = verdict.read(H200 / "3ff6e58" / f"{name}.json" for name in FIRST)
+    records = Records(contents)
+    rows = {row[0]: row[1:] for row in verdict.lines(records)}
+    assert rows["captured, beyond the bare kernel"][-1] == "not fit"
+    assert rows["against Triton"][1:] == ("0.99x", "vit_l16, triton", "MISSED")
+    unfit = {(r["provider"], r["case"]) for r, _ in records.unfit if r["provider"] != CAPTURED}
+    assert unfit == {(PLAN, "medium"), ("fused_ema", "medium")}
+
+
+# ---- builds in turn
+
+
+def line(variant, speed, case="single", op="update", pair=F32):
+    return {"variant": variant, "case": case, "op": op, "pair": pair, "gb_per_s": speed}
+
+
+CHOSEN = {"title": "one tensor", "case": "single", "op": "update", "pair": F32, "build": "b"}
+
+
+def test_builds_in_turn_are_held_against_the_one_before():
+    first = [line("before", 1000), line("b", 1170), line("triton", 1000), line("c", 9)]
+    first += [line("torch flat lerp_", 2000), line("torch flat copy_", 5)]
+    assert verdict.builds([CHOSEN], [first]).rows == (
+        ("one tensor", "update", "fp32/fp32", "1,000", "1,170", "+17 %", "0.585", "1.17x"),
+    )
+    # The last run that has both counts, and no figure of another one.
+    runs = [first, [line("before", 1000), line("b", 990), line("triton", 1000)], [line("b", 7)]]
+    assert verdict.builds([CHOSEN], runs).rows == (
+        ("one tensor", "update", "fp32/fp32", "1,000", "990", "**-1.0 %**", "", "**0.99x**"),
+    )
+    with pytest.raises(ValueError, match="no run of 'b' and 'before' on single update"):
+        verdict.builds([CHOSEN], [[line("before", 1), line("b", 1, pair=MIXED)]])
+
+
+def test_builds_and_those_chosen_need_each_other(tmp_path, capsys):
+    (tmp_path / "chosen.json").write_text(json.dumps({"chosen": [CHOSEN]}))
+    (tmp_path / "run.jsonl").write_text(json.dumps(line("before", 1)))
+    for name in ("chosen.json", "run.jsonl"):
+        with pytest.raises(SystemExit):
+            cli.main(["verdict", str(tmp_path / name)])
+        assert "builds in turn need both" in capsys.readouterr().err
+
+
+# ---- the README's figures are those of the records
+
+
+def readme_rows(headers):
+    """The rows of the table whose first line begins so, each a list of cells."""
+    text = (ROOT / "README.md").read_text()
+    table = text[text.index(headers) :].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in row[1:-1].split("|")] for row in table.splitlines()]
+    return rows[2:]
+
+
+def test_the_readme_s_table_of_the_walks():
+    files = [str(H200 / "walks" / name) for name in ("chosen.json", "first.jsonl", "second.jsonl")]
+    _, chosen, runs = verdict.read(map(Path, files))
+    assert len(chosen) == 12
+    made = verdict.markdown(verdict.builds(chosen, runs)).splitlines()
+    start = "| list | op | ema/param | GB/s before |"
+    text = (ROOT / "README.md").read_text()
+    assert text[text.index(start) :].partition("\n\n")[0].splitlines() == made
+
+
+def test_the_readme_s_first_table_of_the_gpu():
+    contents, _, _ = verdict.read(H200 / "3ff6e58" / f"{name}.json" for name in FIRST)
+    records = Records(contents)
+    made = {}
+    for title, done, pair, *cells in verdict.summary(records).rows:
+        short = "/".join(verdict._SHORT[dtype] for dtype in pair.split("/"))
+        made.setdefault((title, done, short), cells)  # ResNet-50's first: compile.json has others.
+    targets = {row[0]: row[2] for row in verdict.lines(records)}
+    seen = 0
+    for title, done, pair, speed, *factors in readme_rows("| list | op | ema/param | GB/s | naive"):
+        if title == "10,000 x 64, with the host's part":
+            expected = ["", targets["10,000 x 64 end to end, against foreach"], "", ""]
+        else:
+            title = title.removesuffix(", on the device").removesuffix(" of 2^26 elements")
+            wanted_speed, _, *expected = made[title, done, pair]
+            assert speed == wanted_speed, title
+        for told, value in zip(factors, expected, strict=False):
+            figure = re.fullmatch(r"(\*\*)?([\d.]+)x(?:\*\*)?", told) if told else None
+            if figure is None:
+                assert not told, told
+                continue
+            digits = len(figure[2].partition(".")[2])
+            # The summary has two digits, and half a unit of the last may have gone either way.
+            assert abs(float(value[:-1]) - float(figure[2])) <= 0.5 * 10**-digits + 0.005, title
+            assert (figure[1] is not None) == (float(value[:-1]) < 1), title
+            seen += 1
+    assert seen > 40

@@ -3,17 +3,21 @@
 A variant is a change to the text of csrc/: other tiles, other cache hints, another grid, other
 machinery. Each is built into a library of its own, compared bit for bit with the unchanged build,
 and timed in turn with it on lists of the benchmark. bench/NOTES.md says what was predicted of each
-and what came of it. Where there is no GPU, `--build-only` tells what the compiler made of them.
+and what came of it. Where there is no GPU, `--build-only` tells what the compiler made of them. It
+leaves the libraries in its folder, each with what it was built from, and `--libraries` of that
+folder runs them on a GPU, also on another machine, without nvcc.
 """
 
 import argparse
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +33,7 @@ from fused_ema.testing import bits_of
 _ROOT = Path(__file__).parents[2]
 _SOURCES = ("cuda/update.cu", "cuda/swap.cu", "cuda/copy.cu", "cuda/c_api.cpp", "tiles.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-Xptxas", "-v")
+_LIBRARY, _FACTS = "libvariant.so", "facts.json"
 BASELINE = "as it is"
 _SECONDS = 40.0
 _MAX_ELEMENTS = 2**29
@@ -300,25 +305,42 @@ def names() -> tuple[str, ...]:
     return tuple(variant.name for variant in VARIANTS)
 
 
-def write_sources(variant: Variant, folder: Path) -> Path:
-    """Copies csrc/ into the folder, changed, and returns where it is.
+def sources_of(variant: Variant) -> dict[str, str]:
+    """The text of each file of csrc/, changed.
 
     Raises:
         ValueError: An edit's old text doesn't stand in its file exactly once.
     """
+    csrc = _ROOT / "csrc"
+    texts = {
+        str(path.relative_to(csrc)): path.read_text()
+        for path in sorted(csrc.rglob("*"))
+        if path.is_file()
+    }
+    texts["cuda/bulk.cuh"] = (Path(__file__).parent / "bulk.cuh").read_text()
+    for file, old, new in variant.edits:
+        count = texts[file].count(old)
+        if count != 1:
+            raise ValueError(f"variant '{variant.name}': {file} has {count} times {old!r}")
+        texts[file] = texts[file].replace(old, new)
+    return texts
+
+
+def write_sources(variant: Variant, folder: Path) -> Path:
+    """Writes csrc/ into the folder, changed, and returns where it is."""
     csrc = folder / "csrc"
     shutil.rmtree(csrc, ignore_errors=True)
-    shutil.copytree(_ROOT / "csrc", csrc)
-    shutil.copy(Path(__file__).parent / "bulk.cuh", csrc / "cuda")
-    for file, old, new in variant.edits:
+    for file, text in sources_of(variant).items():
         path = csrc / file
-        text = path.read_text()
-        if text.count(old) != 1:
-            raise ValueError(
-                f"variant '{variant.name}': {file} has {text.count(old)} times {old!r}"
-            )
-        path.write_text(text.replace(old, new))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
     return csrc
+
+
+def fingerprint(variant: Variant, sources: Sequence[str] = _SOURCES) -> str:
+    """Of all that a library is made of, so that one of other sources is known."""
+    made_of = [*sources_of(variant).items(), sources, _FLAGS]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
 
 
 # ---- building
@@ -326,22 +348,35 @@ def write_sources(variant: Variant, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Built:
-    """A library, and what ptxas told of its kernels."""
+    """A library, what ptxas told of its kernels, and what it was built for and from."""
 
     library: Path
     most_registers: int
     spilled_bytes: int
+    arch: str
+    fingerprint: str
+
+    def facts(self) -> dict[str, object]:
+        """All but where it lies."""
+        return {name: value for name, value in asdict(self).items() if name != "library"}
+
+
+def _folder_of(variant: Variant, folder: Path) -> Path:
+    return folder / variant.name.replace(" ", "_")
 
 
 def build(variant: Variant, folder: Path, arch: str, sources: Sequence[str] = _SOURCES) -> Built:
-    """Compiles a variant for one compute capability, as "90".
+    """Compiles a variant for one compute capability, as "90"; leaves its facts beside it.
 
     Raises:
         RuntimeError: nvcc failed.
     """
-    folder = folder / variant.name.replace(" ", "_")
+    folder = _folder_of(variant, folder)
     csrc = write_sources(variant, folder)
-    library = folder / "libvariant.so"
+    library, facts = folder / _LIBRARY, folder / _FACTS
+    # Of an earlier build, which a failed one must not leave to be run.
+    for path in (facts, library):
+        path.unlink(missing_ok=True)
     command = [nvcc(), f"-arch=sm_{arch}", *_FLAGS, "-o", str(library)]
     told = subprocess.run(
         [*command, *(str(csrc / source) for source in sources)], capture_output=True, text=True
@@ -350,7 +385,10 @@ def build(variant: Variant, folder: Path, arch: str, sources: Sequence[str] = _S
         raise RuntimeError(f"variant '{variant.name}': nvcc failed:\n{told.stderr}")
     registers = [int(text) for text in re.findall(r"Used (\d+) registers", told.stderr)]
     spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", told.stderr)
-    return Built(library, max(registers), sum(map(int, spilled)))
+    made_of = fingerprint(variant, sources)
+    built = Built(library, max(registers), sum(map(int, spilled)), arch, made_of)
+    facts.write_text(json.dumps(built.facts(), indent=1) + "\n")
+    return built
 
 
 def build_all(
@@ -368,6 +406,51 @@ def build_all(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         made = list(pool.map(try_to, chosen))
     return {variant.name: b for variant, b in zip(chosen, made, strict=True) if b is not None}
+
+
+def load(variant: Variant, folder: Path) -> Built | None:
+    """What a build in this folder left of a variant; None where it left nothing, or not all."""
+    folder = _folder_of(variant, folder)
+    try:
+        facts = json.loads((folder / _FACTS).read_text())
+        built = Built(library=folder / _LIBRARY, **facts)
+    except (OSError, ValueError, TypeError):
+        return None
+    return built if built.library.exists() else None
+
+
+def load_all(
+    chosen: Sequence[Variant], folder: Path, capability: int, failures: list[str]
+) -> dict[str, Built]:
+    """The libraries of an earlier build; one that is missing is added to `failures`, and left out.
+
+    Raises:
+        RuntimeError: They can't be run here, or not be compared.
+    """
+    built: dict[str, Built] = {}
+    for variant in chosen:
+        found = load(variant, folder)
+        if found is None:
+            if variant.name == BASELINE:
+                raise RuntimeError(
+                    f"{folder} has no library of '{BASELINE}', with which all are compared"
+                )
+            failures.append(f"variant '{variant.name}': no library in {folder}")
+            continue
+        # Machine code runs on its own major capability, from its minor one on. What the driver
+        # would make of the PTX for a later one is not what was built.
+        major, minor = divmod(int(found.arch), 10)
+        if major != capability // 10 or minor > capability % 10:
+            raise RuntimeError(
+                f"variant '{variant.name}' was built for sm_{found.arch}, this GPU is "
+                f"sm_{capability}: build with --arch {capability}"
+            )
+        if found.fingerprint != fingerprint(variant):
+            raise RuntimeError(
+                f"variant '{variant.name}' was built from other sources than those here: build anew"
+            )
+        built[variant.name] = found
+    return built
 
 
 def nvcc() -> str:
@@ -532,6 +615,7 @@ def main(argv: Sequence[str]) -> int:
     add("--build-only", action="store_true", help="needs no GPU: registers and spills")
     add("--arch", help="compute capability to build for, as in 90; unasked the GPU that is here")
     add("--folder", type=Path, default=_ROOT / "build" / "variants", help="(%(default)s)")
+    add("--libraries", type=Path, metavar="FOLDER", help="run what was built there, without nvcc")
     add("--max-elements", type=number(int, 1), default=_MAX_ELEMENTS, help="(%(default)s)")
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
     add("--seconds", type=number(float, 0), default=_SECONDS, help="for all (%(default)s)")
@@ -539,6 +623,8 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if not args.build_only and not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU here; --build-only needs none")
+    if args.libraries and (args.build_only or args.arch):
+        parser.error("--libraries builds nothing: no --build-only or --arch with it")
     if args.build_only:
         arch = args.arch or "90"
         capability = int(arch)
@@ -549,7 +635,13 @@ def main(argv: Sequence[str]) -> int:
     wanted = {BASELINE, *(args.variants or names())}
     chosen = [v for v in VARIANTS if v.name in wanted and (capability >= 90 or not v.on_hopper)]
     failures: list[str] = []
-    built = build_all(chosen, args.folder, arch, failures)
+    if args.libraries:
+        try:
+            built = load_all(chosen, args.libraries, capability, failures)
+        except RuntimeError as error:
+            parser.error(f"--libraries: {error}")
+    else:
+        built = build_all(chosen, args.folder, arch, failures)
     if args.build_only:
         report.show(tables(built, [])[0])
         return report.print_failures(failures)
@@ -572,6 +664,6 @@ def main(argv: Sequence[str]) -> int:
             for table in tables(part, found):
                 report.show(table)
         if args.json:
-            made = {name: {**vars(b), "library": b.library.name} for name, b in built.items()}
+            made = {name: b.facts() for name, b in built.items()}
             report.write_json(args.json, facts, {"built": made, "records": records})
     return report.print_failures(failures)

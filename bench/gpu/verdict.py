@@ -2,7 +2,12 @@
 
 Reads JSON files of `python -m bench` and its commands, in any number and order, and prints a line a
 target: what was asked, what the worst case of the records shows, and whether that is enough. What
-no record speaks of is "not measured". With --markdown also the tables of the README.
+no record speaks of is "not measured". A record whose figure is known to be of something else is
+"not fit": it counts for nothing, and is named with the reason. With --markdown also the
+tables of the README.
+
+A .jsonl file holds builds of the kernels timed in turn, a line each; with the JSON file that names
+those that were chosen, it becomes a table of what they changed.
 """
 
 import argparse
@@ -20,6 +25,9 @@ Record = report.Record
 F32, MIXED, BF16 = "float32/float32", "float32/bfloat16", "bfloat16/bfloat16"
 _LARGE_BYTES = 256e6  # Of a list: what an L2 cache has no part in.
 _MODELS = ("vit_l16", "sdxl_unet", "llama3_8b")
+_STALLED = 2.0  # Times the fastest tenth.
+_BEFORE = "before"  # The build that the others are held against.
+_SHORT = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 FOREACH = "foreach lerp_"
 FLAT_LERP = "flat lerp_"
 NAIVE_SWAP = "clone and two copies"
@@ -34,28 +42,42 @@ class Seen:
 
 
 class Records:
-    """What the files hold, by kind."""
+    """What the files hold, by kind.
 
-    def __init__(self, contents: Iterable[dict[str, Any]]) -> None:
+    Attributes:
+        unfit: Records that `ops` lacks, and why each isn't fit to judge.
+    """
+
+    def __init__(self, contents: Iterable[dict[str, Any]], only_fit: bool = True) -> None:
+        self._contents = list(contents)
         self.ops: list[Record] = []
+        self.unfit: list[tuple[Record, str]] = []
         self.launches: list[Record] = []
         self.host: list[Record] = []  # Of `bench host`.
         self.steps: list[dict[str, Any]] = []
         self.environments: list[dict[str, Any]] = []
-        for run, content in enumerate(contents):
+        for run, content in enumerate(self._contents):
             if content["environment"]["device"] != "cuda":
                 continue
             self.environments.append(content["environment"])
             self.steps += content.get("results", [])
             for r in content.get("records", []):
                 if "provider" in r and "ms" in r:
-                    # Two runs may differ by more than what is sought.
-                    self.ops.append({"run": run, **r})
+                    reason = why_unfit(r) if only_fit else ""
+                    if reason:
+                        self.unfit.append((r, reason))
+                    else:
+                        # Two runs may differ by more than what is sought.
+                        self.ops.append({"run": run, **r})
                 elif "kernels" in r:
                     self.launches.append(r)
                 elif "host_us_p50" in r:
                     self.host.append(r)
         self._by_key = {(*_key(r), r["provider"]): r for r in self.ops}
+
+    def unfiltered(self) -> "Records":
+        """With those that aren't fit to judge."""
+        return Records(self._contents, only_fit=False)
 
     def find(self, like: Record, provider: str) -> Record | None:
         """The record of another provider on the same tensors, in the same run."""
@@ -97,6 +119,23 @@ def _key(r: Record) -> tuple[Any, ...]:
 def _list_bytes(r: Record) -> float:
     dtypes = split_pair(report.pair_of(r))
     return float(r["num_elements"] * sum(dtype.itemsize for dtype in dtypes))
+
+
+def why_unfit(r: Record) -> str:
+    """Why a record's time is that of something else; empty where it can be judged."""
+    # A sample says since then how often the GPU ran dry, and a captured call is a node of a graph.
+    is_old = "num_dry" not in r
+    if is_old and r["provider"] == CAPTURED:
+        return "made before captured calls were nodes of one graph: a graph's launch is in it"
+    # A stall only adds. While fewer than half of the samples have one, the median is right, however
+    # far p90 lies.
+    if r["ms"] > _STALLED * r["ms_p10"]:
+        when = "made before samples in which the GPU ran dry were taken again; " if is_old else ""
+        return (
+            f"{when}its median of {r['ms']:.3g} ms is {r['ms'] / r['ms_p10']:.0f} times its p10, "
+            f"p90 {r['ms_p90']:.3g}: as where the host stalls"
+        )
+    return ""
 
 
 # ---- what is asked
@@ -300,11 +339,13 @@ TARGETS: tuple[Target, ...] = (
 def lines(records: Records) -> list[tuple[str, ...]]:
     """What, asked, seen, where, verdict."""
     rows: list[tuple[str, ...]] = []
+    unfiltered = records.unfiltered()
     for target in TARGETS:
         asked = f"{target.sign} {_shown(target.bound, target.unit)}"
         seen = target.worst(records)
         if seen is None:
-            rows.append((target.what, asked, "", "", "not measured"))
+            is_there = target.worst(unfiltered) is not None
+            rows.append((target.what, asked, "", "", "not fit" if is_there else "not measured"))
         else:
             verdict = "met" if target.is_met(seen) else "MISSED"
             rows.append((target.what, asked, _shown(seen.value, target.unit), seen.where, verdict))
@@ -391,10 +432,75 @@ def step_lines(records: Records) -> list[str]:
     return found
 
 
+def unfit_lines(records: Records) -> list[str]:
+    """What does not count, and why; a line for each provider and reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for r, reason in records.unfit:
+        where = f"{r['case']} {r['op']} {report.pair_of(r)} {r['cache']}"
+        found.setdefault((r["provider"], reason), []).append(where)
+    return [
+        f"not fit: {name} on {where[0] if len(where) == 1 else f'{len(where)} lists'}: {reason}"
+        for (name, reason), where in found.items()
+    ]
+
+
+def builds(chosen: Sequence[Record], runs: Sequence[Sequence[Record]]) -> report.Table:
+    """What the chosen builds changed, as the README shows it.
+
+    Args:
+        chosen: A row each: title, case, op, pair and build.
+        runs: Of builds in turn, a line each. Of two runs of the same, the last counts.
+
+    Raises:
+        ValueError: No run has a chosen build, and the one before it on the same list.
+    """
+    rows = []
+    for row in chosen:
+        speeds: dict[str, float] = {}
+        for run in runs:
+            found = {
+                line["variant"]: line["gb_per_s"]
+                for line in run
+                if all(line[name] == row[name] for name in ("case", "op", "pair"))
+            }
+            if {_BEFORE, row["build"]} <= found.keys():
+                speeds = found
+        if not speeds:
+            what = f"{row['case']} {row['op']} {row['pair']}"
+            raise ValueError(f"no run of '{row['build']}' and '{_BEFORE}' on {what}")
+        own, before = speeds[row["build"]], speeds[_BEFORE]
+        other = speeds.get("torch flat lerp_" if row["op"] == "update" else "torch flat copy_")
+        flat = f"{own / other:.3f}" if other else ""
+        triton = f"{own / speeds['triton']:.2f}x" if "triton" in speeds else ""
+        gain = own / before - 1
+        # Two digits, from a tenth on none.
+        change = f"{gain:+.0%}" if abs(gain) >= 0.1 else f"{gain:+.1%}"
+        rows.append(
+            (
+                row["title"],
+                row["op"].partition(" ")[0],
+                "/".join(_SHORT[dtype] for dtype in row["pair"].split("/")),
+                f"{before:,.0f}",
+                f"{own:,.0f}",
+                _bold(change.replace("%", " %"), gain < 0),
+                flat,
+                _bold(triton, triton.startswith("0.")),
+            )
+        )
+    headers = ("list", "op", "ema/param", "GB/s before", "GB/s", "", "of torch's flat op", "Triton")
+    return report.Table("Chosen builds against the one before", headers, tuple(rows))
+
+
+def _bold(text: str, is_worse: bool) -> str:
+    return f"**{text}**" if is_worse else text
+
+
 def markdown(shown: report.Table) -> str:
     """A table as the README has them."""
     rows = (shown.headers, ("---",) * len(shown.headers), *shown.rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join(
+        "|".join(["", *(f" {cell} " if cell else " " for cell in row), ""]) for row in rows
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -402,20 +508,48 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m bench verdict", description="Records of a GPU against the project's targets."
     )
-    parser.add_argument("files", type=Path, nargs="+", help="JSON files of python -m bench")
+    parser.add_argument(
+        "files", type=Path, nargs="+", help="JSON files of python -m bench; or .jsonl of builds"
+    )
     parser.add_argument("--markdown", action="store_true", help="tables for the README as well")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
     args = parser.parse_args(argv)
     if args.plot and (reason := report.why_no_plot()):
         parser.error(f"--plot {reason}")
-    records = Records(json.loads(path.read_text(encoding="utf-8")) for path in args.files)
-    shown = table(records)
-    report.show(shown)
-    for line in (copy_speed(records), *step_lines(records)):
-        if line:
-            print(line)
-    if args.plot:
-        report.plot(records.ops, args.plot)
+    contents, chosen, runs = read(args.files)
+    if bool(chosen) != bool(runs):
+        parser.error("builds in turn need both: .jsonl files, and the JSON file of those chosen")
+    found = [builds(chosen, runs)] if chosen else []
+    for shown in found:
+        report.show(shown)
+    missed = False
+    if contents or not found:
+        records = Records(contents)
+        judged = table(records)
+        missed = any(row[-1] == "MISSED" for row in judged.rows)
+        report.show(judged)
+        for line in (copy_speed(records), *step_lines(records), *unfit_lines(records)):
+            if line:
+                print(line)
+        if args.plot:
+            report.plot(records.ops, args.plot)
+        found += [judged, summary(records)]
     if args.markdown:
-        print(markdown(shown), markdown(summary(records)), sep="\n\n")
-    return int(any(row[-1] == "MISSED" for row in shown.rows))
+        print(*map(markdown, found), sep="\n\n")
+    return int(missed)
+
+
+def read(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[Record], list[list[Record]]]:
+    """What the files hold: records with their environment, chosen builds, runs of builds."""
+    contents: list[dict[str, Any]] = []
+    chosen: list[Record] = []
+    runs: list[list[Record]] = []
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            runs.append([json.loads(line) for line in text.splitlines()])
+        elif "chosen" in (content := json.loads(text)):
+            chosen += content["chosen"]
+        else:
+            contents.append(content)
+    return contents, chosen, runs
