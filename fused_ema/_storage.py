@@ -146,9 +146,9 @@ def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     fast = list(compress(pairs, is_fast))
     # First, since it may want memory for its tables; a copy within one dtype and device wants none.
     ops.copy_([d for d, _ in fast], [s for _, s in fast])
-    for (d, s), done in zip(pairs, is_fast, strict=True):
-        if not done:
-            d.copy_(s)
+    rest = [pair for pair, done in zip(pairs, is_fast, strict=True) if not done]
+    if rest:
+        torch._foreach_copy_([d for d, _ in rest], [s for _, s in rest])
 
 
 def is_same_memory(a: Tensor, b: Tensor) -> bool:
