@@ -49,6 +49,11 @@ def is_safetensors(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK"
 
 
+def map_any(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file, or the shards that an index names: :func:`map_file`."""
+    return map_shards(path) if path.suffix == ".json" else map_file(path)
+
+
 def map_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         files = json.loads(index.read_text())["weight_map"]
@@ -221,6 +226,3 @@ def _release(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
         return
     libc = ctypes.CDLL(None)
     libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
-
-
-# ---- what is written, one a format

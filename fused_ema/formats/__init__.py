@@ -1,0 +1,249 @@
+"""Averages in the checkpoints of training frameworks: found, named by the model, written.
+
+:func:`read` takes a file, a folder or a dictionary and says what is in it. Files are only ever read
+as data: with ``torch.load(weights_only=True)``, memory-mapped where the file allows it, and objects
+of other packages in them stay names, whose classes are never imported.
+
+What each format calls its own, and where it keeps the average:
+
+==================  ==============================================================================
+``fused_ema``       :meth:`EMAManager.state_dict`, alone or under a key beside the model's own
+``mmcv``            ``ema_a_b_c`` beside ``a.b.c`` in ``state_dict``; which is which depends on
+                    when the file was saved (mmcv 1.x, MMDetection 2.x)
+``mmengine``        ``state_dict``; the raw weights are ``module.*`` of ``ema_state_dict``
+``averaged_model``  ``module.*`` with ``n_averaged`` (``torch.optim.swa_utils``)
+``timm``            ``state_dict_ema`` beside ``state_dict``
+``diffusers``       the folder of ``EMAModel.save_pretrained``, or its list ``shadow_params``
+``torch_ema``       the list ``shadow_params``
+``ema_pytorch``     ``ema_model.*`` beside ``online_model.*``
+``lightning``       ``state_dict``; the raw weights are ``current_model_state``
+``nemo``            a second file ``*-EMA.ckpt``, or ``ema`` in the state of the optimizer
+``ultralytics``     ``ema``, once it is exported as a ``state_dict``
+``safetensors``     the only tensors there are
+``state_dict``      the same in a file of torch; never guessed, since it could be anything
+==================  ==============================================================================
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fused_ema import _safetensors, _tracking
+from fused_ema._format_errors import READ, WRITE, FormatError
+from fused_ema.formats import (
+    diffusers,
+    ema_pytorch,
+    lightning,
+    nemo,
+    openmmlab,
+    own,
+    plain,
+    swa_utils,
+    timm,
+    torch_ema,
+    ultralytics,
+)
+from fused_ema.formats._files import Replacing, load
+from fused_ema.formats._found import Format, Found
+from fused_ema.formats._names import Model, Names, check_model, model_of
+from fused_ema.formats._source import Main, Source, shown_path, weights_beside
+
+__all__ = ["FORMATS", "WRITABLE", "FormatError", "Found", "load_into", "read", "write"]
+
+# In the order in which they are asked: a later one may recognise files of an earlier one.
+_ALL = (
+    own.FORMAT,
+    openmmlab.MMENGINE,
+    lightning.FORMAT,
+    timm.FORMAT,
+    nemo.FORMAT,
+    ema_pytorch.FORMAT,
+    swa_utils.FORMAT,
+    diffusers.FORMAT,
+    torch_ema.FORMAT,
+    ultralytics.FORMAT,
+    openmmlab.MMCV,
+    plain.SAFETENSORS,
+    plain.STATE_DICT,
+)
+_BY_NAME = {known.name: known for known in _ALL}
+_PARTS = tuple(known for known in _ALL if known.is_part)
+_LAST_PART = _PARTS[-1]
+FORMATS = tuple(_BY_NAME)
+WRITABLE = tuple(known.name for known in _ALL if known.make is not None)
+
+# Of fused_ema.state, which knows managers as nothing here does, and puts it here.
+load_into: Callable[..., None]
+
+
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    model: Names | None = None,
+    format: str | None = None,  # noqa: A002
+    *,
+    main: Main | None = None,
+    prefix: str = "",
+) -> Found:
+    """Finds the average in a checkpoint.
+
+    Args:
+        source: A file, a folder (``EMAModel.save_pretrained``) or what was loaded from a file.
+        model: The model, its ``state_dict()`` or the names of its parameters. Formats that keep a
+            list without names need it; with the others it is checked that they are of that model,
+            and raw weights that the module hasn't got are left out.
+        format: One of :data:`FORMATS`; None to recognise it.
+        main: For ``mmcv``: what the model's own names hold in the file, ``"ema"`` or ``"raw"``.
+            None to tell by its metadata.
+        prefix: Take only names that begin so, without it: ``"model."`` for the ``self.model`` of a
+            LightningModule.
+
+    Returns:
+        What was found.
+
+    Raises:
+        FormatError: A ValueError: a file that is truncated or no checkpoint, an unknown format, no
+            average in it, a checkpoint of another model, or one that doesn't say enough.
+        OSError: The file can't be opened.
+        TypeError: ``source`` or ``model`` is something else.
+
+    Formula of the momentum: ``1 - decay`` where a format records a decay.
+    """
+    path = None if isinstance(source, Mapping) else Path(source)
+    origin = Source(path, model_of(model, READ), prefix, main, format=format)
+    return _read(source, origin)
+
+
+def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) -> Found:
+    name, path, model = origin.format, origin.path, origin.model
+    if name is not None and name not in FORMATS:
+        raise FormatError(f"{READ}: format is {name!r}; choose from {', '.join(FORMATS)}")
+    if origin.main not in (None, "ema", "raw"):
+        raise FormatError(f"{READ}: main is {origin.main!r}; it is 'ema' or 'raw'")
+    if path is not None and path.is_dir():
+        found = diffusers.read_folder(path, origin)
+    elif path is not None and _safetensors.is_safetensors(path):
+        tensors, metadata = _safetensors.map_any(path)
+        found = _find(tensors, replace(origin, metadata=metadata))
+    else:
+        found = _find(source if isinstance(source, Mapping) else load(Path(source)), origin)
+    if name is not None and found.format != name:
+        raise FormatError(
+            f"{READ}: {shown_path(path)} has the format '{found.format}', not '{name}'; leave it "
+            "out"
+        )
+    if not found.ema:
+        raise FormatError(
+            f"{READ}: {shown_path(path)} has no average"
+            + (f" of a name that begins with '{origin.prefix}'" if origin.prefix else "")
+        )
+    if model is not None:
+        check_model(found.ema, found.raw, model)
+        if model.is_module:  # mmcv saves buffers that a state_dict() leaves out.
+            raw = {name: tensor for name, tensor in found.raw.items() if name in model.names}
+            found = replace(found, raw=raw)
+    return found
+
+
+def _find(data: Mapping[str, Any], origin: Source) -> Found:
+    """What the first format finds that recognises a dictionary."""
+    name = origin.format
+    if origin.metadata is not None:
+        chosen: tuple[Format, ...] = (plain.SAFETENSORS,)
+    elif name is not None:
+        chosen = (_BY_NAME[name],)
+    else:
+        chosen = _ALL
+    for known in chosen:
+        found = known.read(data, origin)
+        if found is None and known is _LAST_PART:
+            found = _find_part(data, origin)
+        if found is not None:
+            return found
+    keys = ", ".join(f"'{key}'" for key in list(data)[:8])
+    if name is not None:
+        raise FormatError(
+            f"{READ}: {shown_path(origin.path)} doesn't have the format '{name}': it has the keys "
+            f"{keys}"
+        )
+    raise FormatError(
+        f"{READ}: {shown_path(origin.path)} has no average in a known format: it has the keys "
+        f"{keys}; if its weights are the average, say format='state_dict' (--format state_dict)"
+    )
+
+
+def _find_part(data: Mapping[str, Any], origin: Source) -> Found | None:
+    """An average that somebody keeps under a key of their own."""
+    found: list[tuple[str, Found]] = []
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            for part in _PARTS:
+                inner = part.read(value, origin)
+                if inner is not None:
+                    found.append((str(key), inner))
+                    break
+    if not found:
+        return None
+    if len(found) > 1:
+        raise FormatError(
+            f"{READ}: {shown_path(origin.path)} has several averages, under "
+            f"{_tracking.shown([key for key, _ in found])}; read the one you want: "
+            "read(torch.load(...)[key])"
+        )
+    key, inner = found[0]
+    raw, raw_at = (
+        (inner.raw, f"{key}.{inner.raw_at}") if inner.raw else weights_beside(data, key, origin)
+    )
+    return replace(inner, raw=raw, ema_at=f"{key}.{inner.ema_at}", raw_at=raw_at)
+
+
+def write(
+    path: str | os.PathLike[str],
+    found: Found,
+    format: str,  # noqa: A002
+    model: Names | None = None,
+) -> None:
+    """Writes a checkpoint, first under another name, so that there is never half a file.
+
+    A safetensors file gets the averaged model, and is written tensor by tensor.
+
+    Args:
+        path: The file.
+        found: What :func:`read` found, or one of your own.
+        format: One of :data:`WRITABLE`. ``mmcv`` files have the average in their main keys, as at
+            the end of an epoch; ``fused_ema`` files are ``{"model": raw, "ema": state}``.
+        model: For ``torch_ema`` and ``diffusers``, which write a list: the model, or the names of
+            its parameters in their order.
+
+    Raises:
+        FormatError: A ValueError: the format needs what wasn't found.
+        OSError: The file can't be written.
+    """
+    _write(path, found, format, model_of(model, WRITE))
+
+
+def _write(
+    path: str | os.PathLike[str],
+    found: Found,
+    name: str,
+    model: Model | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    release: bool = False,
+) -> None:
+    path = Path(path)
+    if name not in WRITABLE:
+        raise FormatError(f"{WRITE}: format is {name!r}; choose from {', '.join(WRITABLE)}")
+    make = _BY_NAME[name].make
+    assert make is not None
+    content = make(found, model)
+    with Replacing(path) as file:
+        if name == "safetensors":
+            metadata = plain.metadata_of(found)
+            _safetensors.write_file(file, content, metadata, progress, release)
+        else:
+            torch.save(content, file)
