@@ -25,8 +25,21 @@ from fused_ema.formats._source import (
 from fused_ema.formats._writing import count_of, raw_of
 
 
+def _is_mmengine(data: Mapping[str, Any], origin: Source) -> bool:
+    """Whether ``state_dict`` holds the average; elsewhere it is ``ema_state_dict`` that does."""
+    saved = data.get("ema_state_dict")
+    if not holds_tensors(data.get("state_dict")) or not holds_tensors(saved):
+        return False
+    assert saved is not None
+    if "n_averaged" in saved or not any(str(name).startswith("module.") for name in saved):
+        return False
+    meta = data.get("meta")
+    by_mmengine = isinstance(meta, Mapping) and "mmengine_version" in meta
+    return "steps" in saved or by_mmengine or origin.format == "mmengine"
+
+
 def _read_mmengine(data: Mapping[str, Any], origin: Source) -> Found | None:
-    if not {"state_dict", "ema_state_dict"} <= data.keys():
+    if not _is_mmengine(data, origin):
         return None
     saved = data["ema_state_dict"]
     raw_part = parts(tensors_of(saved, "ema_state_dict"), "module.")
@@ -34,11 +47,8 @@ def _read_mmengine(data: Mapping[str, Any], origin: Source) -> Found | None:
     missing = [
         f"'{name}' of ema_state_dict is not in state_dict" for name in raw_part if name not in main
     ]
-    if missing or not raw_part:
-        refuse(
-            f"{READ}: {shown_path(origin.path)} is no file of MMEngine",
-            missing or ["no 'module.*'"],
-        )
+    if missing:
+        refuse(f"{READ}: {shown_path(origin.path)} is no file of MMEngine", missing)
     steps = whole(saved.get("steps"))
     iteration, epoch = progress_of(data.get("meta"))
     return Found(
