@@ -22,10 +22,12 @@ def _read_pair(
     ema = origin.named(data[key], key)
     raw_at = next((k for k in raw_keys if k != key and holds_tensors(data.get(k))), "")
     raw = origin.named(data[raw_at], raw_at) if raw_at else {}
+    known = {} if origin.model is None else origin.model.names
+    # An average that doesn't fit the model is refused for that.
     wrong = [
         f"'{n}' has shape {list(t.shape)} in {key} but {list(raw[n].shape)} in {raw_at}"
         for n, t in ema.items()
-        if n in raw and raw[n].shape != t.shape
+        if n in raw and raw[n].shape != t.shape and known.get(n) in (None, t.shape)
     ]
     if wrong:
         refuse(f"{READ}: {key} of {shown_path(origin.path)} is no average of {raw_at}", wrong)
