@@ -8,8 +8,9 @@ from nets import assert_same, move
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fused_ema import EMAManager, state
-from fused_ema.formats import FormatError
+from fused_ema import EMAManager, _safetensors, state
+from fused_ema.__main__ import main
+from fused_ema.formats import FormatError, Found
 
 
 def a_net():
@@ -39,8 +40,10 @@ def within(prefix, tensors):
 
 
 def check(found, raw, ema):
-    assert_same(found.ema, ema)
-    assert_same(found.raw, raw)
+    """By name: safetensors files have an order of their own."""
+    for actual, expected in ((found.ema, ema), (found.raw, raw)):
+        assert actual.keys() == expected.keys()
+        assert_same({name: actual[name] for name in expected}, expected)
 
 
 # ---- ema_state_dict beside state_dict
@@ -65,11 +68,11 @@ def test_an_averaged_model_in_ema_state_dict(trained, tmp_path):
     assert_same(dict(manager.named_emas()), ema)
 
 
-@pytest.mark.parametrize("main", ["", "module."])
+@pytest.mark.parametrize("outer", ["", "module."])
 @pytest.mark.parametrize("inner", ["", "module."])
-def test_ema_state_dict_is_the_average(main, inner, trained):
+def test_ema_state_dict_is_the_average(outer, inner, trained):
     net, _, raw, ema = trained
-    data = {"epoch": 3, "state_dict": within(main, raw), "ema_state_dict": within(inner, ema)}
+    data = {"epoch": 3, "state_dict": within(outer, raw), "ema_state_dict": within(inner, ema)}
     for model in (None, net):
         found = state.read(data, model=model)
         check(found, raw, ema)
@@ -125,3 +128,100 @@ def test_an_averaged_model_under_a_key_is_no_list_of_names(key, trained):
     found = state.read({"state_dict": raw, key: averaged.state_dict()}, model=net)
     check(found, raw, ema)
     assert (found.format, found.num_updates) == ("averaged_model", 3)
+
+
+# ---- what a file holds doesn't depend on what contains it
+
+
+def in_each_container(folder, tensors):
+    """The same tensors as a dictionary, a file of torch and a file of safetensors."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    torch.save(tensors, folder / "x.pt")
+    with (folder / "x.safetensors").open("wb") as file:
+        _safetensors.write_file(file, tensors, {"format": "pt"})
+    return tensors, folder / "x.pt", folder / "x.safetensors"
+
+
+COUNTERS = {"initted": torch.tensor(True), "step": torch.tensor(7)}
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_ema_pytorch_in_each_container(online, trained, tmp_path, capsys):
+    net, _, raw, ema = trained
+    own = COUNTERS | within("ema_model.", ema)
+    own |= within("online_model.", raw) if online else {}
+    for source in in_each_container(tmp_path, own):
+        for name in (None, "ema_pytorch"):
+            found = state.read(source, model=net, format=name)
+            check(found, raw if online else {}, ema)
+            assert (found.format, found.iteration, found.num_updates) == ("ema_pytorch", 7, None)
+    out = tmp_path / "out.safetensors"
+    words = ["convert", str(tmp_path / "x.safetensors"), str(out), "--to", "safetensors"]
+    assert main(words) == 0
+    capsys.readouterr()
+    found = state.read(out)
+    check(found, {}, ema)
+    assert found.iteration == 7
+
+
+def test_other_formats_in_each_container(trained, tmp_path):
+    net, averaged, raw, ema = trained
+    for source in in_each_container(tmp_path, averaged.state_dict()):
+        found = state.read(source, model=net)
+        check(found, {}, ema)
+        assert (found.format, found.num_updates) == ("averaged_model", 3)
+    flat = {f"ema_{name.replace('.', '_')}": tensor for name, tensor in ema.items()}
+    for source in in_each_container(tmp_path, raw | flat):
+        with pytest.raises(FormatError, match="main='ema' or main='raw'"):
+            state.read(source)
+        check(state.read(source, main="raw"), raw, ema)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("ema_model.", "ema_model."),
+        ("wrapper.ema_model.", "wrapper.ema_model."),
+        ("online_model.", "online_model."),
+        ("ema.", "ema."),
+    ],
+)
+def test_names_of_a_known_format_are_not_the_whole_average(name, prefix, trained, tmp_path):
+    _, _, raw, ema = trained
+    own = within(name, ema) | within("other.", raw)
+    for source in in_each_container(tmp_path, own)[1:]:
+        is_plain = source.suffix == ".pt"
+        chosen = "state_dict" if is_plain else None
+        with pytest.raises(FormatError, match="has names of the format") as error:
+            state.read(source, format=chosen)
+        assert f"'{name}0.weight'" in str(error.value)
+        check(state.read(source, format=chosen, prefix=prefix), {}, ema)
+        # A model may have such names itself.
+        check(state.read(source, format=chosen, model=list(own)), {}, own)
+
+
+def test_counters_are_no_averages(trained, tmp_path):
+    _, _, _, ema = trained
+    for counter in ("initted", "n_averaged", "ema.n_averaged"):
+        source = in_each_container(tmp_path, {counter: torch.tensor(3), **ema})[2]
+        with pytest.raises(FormatError, match=f"has names of the format .*'{counter}'"):
+            state.read(source)
+
+
+def test_what_is_written_as_the_average_is_the_average(trained, tmp_path):
+    _, _, _, ema = trained
+    own = within("ema_model.", ema) | COUNTERS
+    state.write(tmp_path / "x", Found("test", own, iteration=3), "safetensors")
+    found = state.read(tmp_path / "x")
+    check(found, {}, own)
+    assert (found.format, found.iteration) == ("safetensors", 3)
+
+
+def test_a_state_dict_in_each_container(trained, tmp_path):
+    _, _, _, ema = trained
+    for source in in_each_container(tmp_path, ema):
+        found = state.read(source, format="state_dict")
+        check(found, {}, ema)
+        assert found.format == "state_dict"
+    with pytest.raises(FormatError, match="doesn't have the format 'timm'"):
+        state.read(tmp_path / "x.safetensors", format="timm")

@@ -27,8 +27,9 @@ What each format calls its own, and where it keeps the average:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import torch
 from fused_ema import _safetensors, _tracking
 from fused_ema._format_errors import READ, WRITE, FormatError
 from fused_ema.formats import (
+    _within,
     diffusers,
     ema_pytorch,
     lightning,
@@ -52,7 +54,7 @@ from fused_ema.formats import (
 from fused_ema.formats._files import Replacing, load
 from fused_ema.formats._found import Format, Found
 from fused_ema.formats._names import Model, Names, check_model, model_of
-from fused_ema.formats._source import Main, Source, shown_path, weights_beside
+from fused_ema.formats._source import Main, Source, shown_path
 
 __all__ = ["FORMATS", "WRITABLE", "FormatError", "Found", "load_into", "read", "write"]
 
@@ -74,8 +76,7 @@ _ALL = (
     plain.STATE_DICT,
 )
 _BY_NAME = {known.name: known for known in _ALL}
-_PARTS = tuple(known for known in _ALL if known.is_part)
-_LAST_PART = _PARTS[-1]
+_PLAIN = (plain.SAFETENSORS.name, plain.STATE_DICT.name)
 FORMATS = tuple(_BY_NAME)
 WRITABLE = tuple(known.name for known in _ALL if known.make is not None)
 
@@ -153,54 +154,55 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
 
 def _find(data: Mapping[str, Any], origin: Source) -> Found:
     """What the first format finds that recognises a dictionary."""
-    name = origin.format
-    if origin.metadata is not None:
-        chosen: tuple[Format, ...] = (plain.SAFETENSORS,)
-    elif name is not None:
-        chosen = (_BY_NAME[name],)
-    else:
-        chosen = _ALL
+    chosen = _ALL if origin.format is None else (_BY_NAME[origin.format],)
+    if origin.format is None and plain.says_average(origin):
+        chosen = (plain.SAFETENSORS,)
+    found = next((f for f in _answers(data, origin, chosen) if f is not None), None)
+    if found is None:
+        raise _unknown(data, origin)
+    if found.format in _PLAIN and not plain.says_average(origin):
+        _refuse_marks(found, origin)
+    return found
+
+
+def _answers(
+    data: Mapping[str, Any], origin: Source, chosen: Sequence[Format]
+) -> Iterator[Found | None]:
     for known in chosen:
-        found = known.read(data, origin)
-        if found is None and known is _LAST_PART:
-            found = _find_part(data, origin)
-        if found is not None:
-            return found
-    keys = ", ".join(f"'{key}'" for key in list(data)[:8])
+        if not known.is_last:
+            yield known.read(data, origin)
+    yield _within.find(data, origin, [known for known in chosen if known.is_part])
+    for known in chosen:
+        if known.is_last:
+            yield known.read(data, origin)
+
+
+def _unknown(data: Mapping[str, Any], origin: Source) -> FormatError:
+    name, keys = origin.format, ", ".join(f"'{key}'" for key in list(data)[:8])
     if name is not None:
-        raise FormatError(
+        return FormatError(
             f"{READ}: {shown_path(origin.path)} doesn't have the format '{name}': it has the keys "
             f"{keys}"
         )
-    raise FormatError(
+    return FormatError(
         f"{READ}: {shown_path(origin.path)} has no average in a known format: it has the keys "
         f"{keys}; if its weights are the average, say format='state_dict' (--format state_dict)"
     )
 
 
-def _find_part(data: Mapping[str, Any], origin: Source) -> Found | None:
-    """An average that somebody keeps under a key of their own."""
-    found: list[tuple[str, Found]] = []
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            for part in _PARTS:
-                inner = part.read(value, origin)
-                if inner is not None:
-                    found.append((str(key), inner))
-                    break
-    if not found:
-        return None
-    if len(found) > 1:
-        raise FormatError(
-            f"{READ}: {shown_path(origin.path)} has several averages, under "
-            f"{_tracking.shown([key for key, _ in found])}; read the one you want: "
-            "read(torch.load(...)[key])"
-        )
-    key, inner = found[0]
-    raw, raw_at = (
-        (inner.raw, f"{key}.{inner.raw_at}") if inner.raw else weights_beside(data, key, origin)
-    )
-    return replace(inner, raw=raw, ema_at=f"{key}.{inner.ema_at}", raw_at=raw_at)
+def _refuse_marks(found: Found, origin: Source) -> None:
+    """That a file which is taken for the average as a whole has no names that tell otherwise."""
+    known = {} if origin.model is None else origin.model.names
+    names = [name for name in found.ema if name not in known]
+    for other in _ALL:
+        told = [n for n in names if any(fnmatchcase(n, mark) for mark in other.marks)]
+        if told:
+            raise FormatError(
+                f"{READ}: {shown_path(origin.path)} has names of the format '{other.name}', and so "
+                f"isn't the average as a whole: {_tracking.shown(told)}; take the part that is: "
+                "prefix= (--prefix) with format='state_dict', or pass the model if it has these "
+                "names itself (--model-names)"
+            )
 
 
 def write(

@@ -54,10 +54,17 @@ class Format:
         name: What it is called, in :data:`FORMATS`.
         read: What it finds in a dictionary, or None where the dictionary isn't of this format.
         make: The dictionary that is saved for what was found; None where it is only read.
+        is_last: Whether it is asked after those that may stand under any key: what it is known by
+            is a key alone, or the others' names.
         is_part: Whether people keep it under a key of their own.
+        counter: A name in its dictionary, by which it is found among those of a module.
+        marks: Patterns of names that tell of it: what has them isn't all the average.
     """
 
     name: str
     read: Callable[[Mapping[str, Any], Source], Found | None]
     make: Callable[[Found, Model | None], dict[str, Any]] | None = None
+    is_last: bool = False
     is_part: bool = False
+    counter: str = ""
+    marks: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ class Source:
     format: str | None = None
     # Of a safetensors file.
     metadata: Mapping[str, str] | None = None
+    # What stands beside the dictionary and may be the model's own weights.
+    beside: Mapping[str, Any] = field(default_factory=dict)
 
     def named(self, value: Any, what: str) -> Tensors:
         return own_names(tensors_of(value, what), self.model, self.prefix)
@@ -84,15 +86,18 @@ def momentum_of(decay: Any) -> float | None:
 
 
 def parts(data: Mapping[str, Any], prefix: str) -> Tensors:
-    return {k[len(prefix) :]: v for k, v in data.items() if str(k).startswith(prefix)}
+    return {str(k)[len(prefix) :]: v for k, v in data.items() if str(k).startswith(prefix)}
+
+
+def key_beside(data: Mapping[str, Any], key: str) -> str:
+    """Where the model's own weights are, beside what is kept under a key; "" if nowhere."""
+    return next((k for k in MODEL_KEYS if k != key and holds_tensors(data.get(k))), "")
 
 
 def weights_beside(data: Mapping[str, Any], key: str, origin: Source) -> tuple[Tensors, str]:
-    """The model's own weights beside an average that is kept under a key."""
-    for other in MODEL_KEYS if key else ():
-        if other != key and holds_tensors(data.get(other)):
-            return origin.named(data[other], other), other
-    return {}, ""
+    """The model's own weights beside an average that is kept under a key, and theirs."""
+    other = key_beside(data, key) if key else ""
+    return (origin.named(data[other], other), other) if other else ({}, "")
 
 
 def progress_of(meta: Any) -> tuple[int | None, int | None]:

@@ -78,4 +78,6 @@ def read_folder(path: Path, origin: Source) -> Found:
     )
 
 
-FORMAT = Format("diffusers", _read, _make, is_part=True)
+FORMAT = Format(
+    "diffusers", _read, _make, is_part=True, marks=("shadow_params.*", "*.shadow_params.*")
+)

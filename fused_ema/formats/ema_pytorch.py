@@ -40,4 +40,16 @@ def _make(found: Found, model: Model | None) -> dict[str, Any]:
     }
 
 
-FORMAT = Format("ema_pytorch", _read, _make, is_part=True)
+FORMAT = Format(
+    "ema_pytorch",
+    _read,
+    _make,
+    is_part=True,
+    counter="initted",
+    marks=(
+        "initted",
+        "*.initted",
+        *("ema_model.*", "*.ema_model.*"),
+        *("online_model.*", "*.online_model.*"),
+    ),
+)

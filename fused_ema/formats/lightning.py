@@ -25,4 +25,4 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
     )
 
 
-FORMAT = Format("lightning", _read)
+FORMAT = Format("lightning", _read, marks=("current_model_state.*",))

@@ -242,4 +242,4 @@ def _make_mmcv(found: Found, model: Model | None) -> dict[str, Any]:
 
 
 MMENGINE = Format("mmengine", _read_mmengine, _make_mmengine)
-MMCV = Format("mmcv", _read_mmcv, _make_mmcv)
+MMCV = Format("mmcv", _read_mmcv, _make_mmcv, is_last=True)

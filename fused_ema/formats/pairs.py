@@ -56,5 +56,7 @@ def _read_ema_state_dict(data: Mapping[str, Any], origin: Source) -> Found | Non
     return _read_pair("ema_state_dict", data, "ema_state_dict", keys, origin)
 
 
-TIMM = Format("timm", _read_timm, _make_timm)
-EMA_STATE_DICT = Format("ema_state_dict", _read_ema_state_dict)
+TIMM = Format("timm", _read_timm, _make_timm, is_last=True, marks=("state_dict_ema.*",))
+EMA_STATE_DICT = Format(
+    "ema_state_dict", _read_ema_state_dict, is_last=True, marks=("ema_state_dict.*",)
+)

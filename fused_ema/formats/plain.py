@@ -10,6 +10,7 @@ from fused_ema.formats._found import Format, Found
 from fused_ema.formats._names import Model, Tensors
 from fused_ema.formats._source import Source
 
+_SLOT = "fused_ema.slot"
 _COUNTERS = ("iteration", "num_updates", "momentum", "epoch")
 
 
@@ -29,6 +30,7 @@ def _read_safetensors(data: Mapping[str, Any], origin: Source) -> Found | None:
         except ValueError:
             momentum = None
     ema = origin.named(data, "the file")
+    why = "the prefix was given" if origin.prefix else "it has nothing else"
     kept = metadata.get("fused_ema.averaged")
     raw: Tensors = {}
     if kept is not None:
@@ -45,13 +47,18 @@ def _read_safetensors(data: Mapping[str, Any], origin: Source) -> Found | None:
         epoch=number("epoch"),
         momentum=momentum,
         ema_at="the whole file",
-        why="" if any(k.startswith("fused_ema.") for k in metadata) else "it has nothing else",
+        why="" if says_average(origin) else why,
     )
+
+
+def says_average(origin: Source) -> bool:
+    """Whether the header of a safetensors file says what its tensors are."""
+    return origin.metadata is not None and origin.metadata.get(_SLOT) == "ema"
 
 
 def metadata_of(found: Found) -> dict[str, str]:
     """What the header of a safetensors file says of its tensors."""
-    metadata = {"format": "pt", "fused_ema.slot": "ema"}
+    metadata = {"format": "pt", _SLOT: "ema"}
     for key in _COUNTERS:
         value = getattr(found, key)
         if value is not None:
@@ -74,5 +81,5 @@ def _make_averaged(found: Found, model: Model | None) -> dict[str, Any]:
     return found.averaged_model()
 
 
-STATE_DICT = Format("state_dict", _read_state_dict, _make_averaged)
-SAFETENSORS = Format("safetensors", _read_safetensors, _make_averaged)
+STATE_DICT = Format("state_dict", _read_state_dict, _make_averaged, is_last=True)
+SAFETENSORS = Format("safetensors", _read_safetensors, _make_averaged, is_last=True)

@@ -31,4 +31,11 @@ def _make(found: Found, model: Model | None) -> dict[str, Any]:
     return {"n_averaged": count, **{f"module.{name}": tensor for name, tensor in values.items()}}
 
 
-FORMAT = Format("averaged_model", _read, _make, is_part=True)
+FORMAT = Format(
+    "averaged_model",
+    _read,
+    _make,
+    is_part=True,
+    counter="n_averaged",
+    marks=("n_averaged", "*.n_averaged"),
+)

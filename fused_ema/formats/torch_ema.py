@@ -38,4 +38,6 @@ def _make(found: Found, model: Model | None) -> dict[str, Any]:
     }
 
 
-FORMAT = Format("torch_ema", _read, _make, is_part=True)
+FORMAT = Format(
+    "torch_ema", _read, _make, is_part=True, marks=("shadow_params.*", "*.shadow_params.*")
+)

@@ -30,4 +30,4 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
     )
 
 
-FORMAT = Format("ultralytics", _read)
+FORMAT = Format("ultralytics", _read, is_last=True, marks=("ema.*",))
