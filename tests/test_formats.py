@@ -75,6 +75,10 @@ def made(name, raw, ema, model):
         return {"epoch": EPOCH, "arch": "net", "state_dict": raw, "state_dict_ema": ema}
     if name == "ema_state_dict":
         return {"epoch": EPOCH, "best_acc1": 0.5, "state_dict": raw, "ema_state_dict": ema}
+    if name == "deit":
+        return {"epoch": EPOCH - 1, "model": raw, "model_ema": ema, "optimizer": {}}
+    if name == "rt_detr":
+        return {"last_epoch": EPOCH - 1, "model": raw, "ema": {"module": ema, "updates": UPDATES}}
     if name == "diffusers":
         listed = parameters_of(model, ema)
         own = {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": False}
@@ -101,7 +105,7 @@ def made(name, raw, ema, model):
 
 
 LISTS = ("diffusers", "torch_ema", "nemo")
-PAIRS = ("timm", "ema_state_dict")  # Which record no more than the epoch.
+PAIRS = ("timm", "deit", "ema_state_dict")  # Which record no more than the epoch.
 MADE = [name for name in FORMATS if name != "safetensors"]
 
 
@@ -126,7 +130,7 @@ def test_every_format_is_read(name, dtype, tmp_path):
         if name not in LISTS:  # Lists have the order of named_parameters().
             assert list(found.ema) == list(wanted)
         assert_same(found.raw, raw if has_raw else {})
-        steps = ("averaged_model", "ultralytics", *PAIRS, "state_dict")
+        steps = ("averaged_model", "ultralytics", "rt_detr", *PAIRS, "state_dict")
         in_updates = name in ("diffusers", "torch_ema")
         assert found.iteration == (None if name in steps else UPDATES if in_updates else STEP)
         silent = ("mmcv", "ema_pytorch", *PAIRS, "state_dict")

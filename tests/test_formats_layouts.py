@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 import torch
 from nets import assert_same, move
@@ -225,3 +227,101 @@ def test_a_state_dict_in_each_container(trained, tmp_path):
         assert found.format == "state_dict"
     with pytest.raises(FormatError, match="doesn't have the format 'timm'"):
         state.read(tmp_path / "x.safetensors", format="timm")
+
+
+# ---- an average in a module's own state_dict
+
+
+def an_average(kind, averaged, raw, ema):
+    """What ``self.ema`` of a module puts into its state_dict, and what its file then records."""
+    if kind == "averaged_model":
+        return dict(averaged.state_dict()), (None, 3)
+    online = within("online_model.", raw) if kind == "with online" else {}
+    return COUNTERS | online | within("ema_model.", ema), (7, None)
+
+
+@pytest.mark.parametrize("kind", ["averaged_model", "ema_pytorch", "with online"])
+@pytest.mark.parametrize("root", ["ema.", "avg.", "deep.er."])
+def test_an_average_in_a_module(kind, root, trained, tmp_path):
+    net, averaged, raw, ema = trained
+    own, counters = an_average(kind, averaged, raw, ema)
+    loss = {"loss.weight": torch.ones(2)}
+    weights = within("net.", raw) | within(root, own) | loss
+    sources = (*in_each_container(tmp_path, weights), {"epoch": 2, "state_dict": weights})
+    for source in sources:
+        # By the names of the module, as Lightning's own averages are.
+        found = state.read(source)
+        check(found, within("net.", raw) | loss, within("net.", ema))
+        assert found.format == kind.replace("with online", "ema_pytorch")
+        assert (found.iteration, found.num_updates) == counters
+        at = "state_dict." if source is sources[-1] else ""
+        assert found.ema_at.startswith(f"{at}{root}")
+        assert found.raw_at == f"{at}net.*"
+        # By those of the net: where it is given, or a prefix.
+        check(state.read(source, model=net), raw, ema)
+        check(state.read(source, prefix="net."), raw, ema)
+        check(state.read(source, prefix=root), raw, ema)
+    found = state.read({"state_dict": within(root, own)})
+    check(found, raw if kind == "with online" else {}, ema)
+
+
+def test_an_average_in_a_module_of_two_like_it(trained):
+    net, averaged, raw, ema = trained
+    twins = within("a.", raw) | within("b.", raw)
+    weights = {"state_dict": twins | within("avg.", averaged.state_dict())}
+    check(state.read(weights, model=net), {}, ema)  # Of which it is the average, nobody knows.
+
+
+def test_several_averages_in_a_module(trained):
+    _, averaged, raw, ema = trained
+    own = averaged.state_dict()
+    weights = {"state_dict": within("net.", raw) | within("a.", own) | within("b.", own)}
+    with pytest.raises(FormatError, match=r"several averages, under 'state_dict\.a\.', 'state_d"):
+        state.read(weights)
+    found = state.read(weights, prefix="b.")
+    check(found, raw, ema)
+    assert found.ema_at == "state_dict.b.module.*"
+    # An average of a module that has one itself is one average.
+    outer = within("ema_model.net.", ema) | within("ema_model.avg.", own) | COUNTERS
+    found = state.read({"state_dict": within("ema.", outer)})
+    assert found.format == "ema_pytorch"
+    assert_same(found.ema, within("net.", ema) | within("avg.", own))
+
+
+# ---- layouts of training scripts
+
+
+def test_model_ema(trained, tmp_path):
+    """DeiT and what descends from it; torchvision's scripts keep an AveragedModel there."""
+    net, averaged, raw, ema = trained
+    own = {"model": raw, "optimizer": {}, "epoch": 4, "args": argparse.Namespace(a=1)}
+    torch.save({**own, "model_ema": ema}, tmp_path / "x.pth")
+    for model in (None, net):
+        found = state.read(tmp_path / "x.pth", model=model)
+        check(found, raw, ema)
+        assert (found.format, found.ema_at, found.raw_at) == ("deit", "model_ema", "model")
+        # The file has the last epoch, from 0; Found has their number.
+        assert (found.epoch, found.iteration, found.num_updates) == (5, None, None)
+    found = state.read({**own, "model_ema": averaged.state_dict()})
+    check(found, raw, ema)
+    assert (found.format, found.num_updates) == ("averaged_model", 3)
+    with pytest.raises(FormatError, match="no average in a known format"):
+        state.read({**own, "model_ema": None})
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_rt_detr(wrapper, trained):
+    net, _, raw, ema = trained
+    inner = {"module": within(wrapper, ema), "updates": 7}
+    data = {"last_epoch": 1, "date": "today", "model": within(wrapper, raw), "ema": inner}
+    for model in (None, net):
+        found = state.read(data, model=model)
+        check(found, raw, ema)
+        assert (found.format, found.num_updates, found.iteration) == ("rt_detr", 7, None)
+        assert (found.ema_at, found.raw_at, found.epoch) == ("ema.module", "model", 2)
+    check(state.read(inner), {}, ema)
+    check(state.read({"ema": {"module": ema}, "model": raw}), raw, ema)
+    # Elsewhere "module" are the weights of a model.
+    for other in ({"module": raw}, {"module": raw, "optimizer": {}}, {"model": {"module": raw}}):
+        with pytest.raises(FormatError, match="no average in a known format"):
+            state.read(other)

@@ -57,7 +57,7 @@ class Format:
         is_last: Whether it is asked after those that may stand under any key: what it is known by
             is a key alone, or the others' names.
         is_part: Whether people keep it under a key of their own.
-        counter: A name in its dictionary, by which it is found among those of a module.
+        counters: Names in its dictionary, by which it is found among those of a module.
         marks: Patterns of names that tell of it: what has them isn't all the average.
     """
 
@@ -66,5 +66,5 @@ class Format:
     make: Callable[[Found, Model | None], dict[str, Any]] | None = None
     is_last: bool = False
     is_part: bool = False
-    counter: str = ""
+    counters: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()

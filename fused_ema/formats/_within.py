@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,12 +23,17 @@ def find(data: Mapping[str, Any], origin: Source, formats: Sequence[Format]) -> 
     """
     places: dict[tuple[str, str], Found] = {}
     for key, value in [("", data), *((str(k), v) for k, v in data.items())]:
-        if isinstance(value, Mapping):
-            for root, known in _roots(value, formats):
-                # What is in another average is a part of that one.
-                if any(k == key and root.startswith(r) for k, r in places):
-                    continue
-                inner = _read(data, key, value, root, known, origin)
+        if not isinstance(value, Mapping):
+            continue
+        for known in formats if key else ():
+            inner = _read_at(data, key, value, known, origin)
+            if inner is not None:
+                places[key, ""] = inner
+                break
+        else:
+            roots = _roots(value, formats)
+            for root, known in roots.items():
+                inner = _read_in_module(key, value, root, known, tuple(roots), origin)
                 if inner is not None:
                     places[key, root] = inner
     if origin.prefix in [root for _, root in places]:
@@ -42,30 +47,26 @@ def find(data: Mapping[str, Any], origin: Source, formats: Sequence[Format]) -> 
     return next(iter(places.values()), None)
 
 
-def _roots(value: Mapping[str, Any], formats: Sequence[Format]) -> Iterator[tuple[str, Format]]:
-    """Prefixes under which one of the formats may stand, the shortest first."""
-    roots: list[tuple[str, Format]] = []
+def _roots(value: Mapping[str, Any], formats: Sequence[Format]) -> dict[str, Format]:
+    """Prefixes whose names have all the counters of a format, and the format."""
+    roots: dict[str, Format] = {}
     for known in formats:
-        counter = known.counter
-        roots.append(("", known))
-        if counter:
-            ends = (name for name in map(str, value) if name.endswith(f".{counter}"))
-            roots += [(name[: -len(counter)], known) for name in ends]
-    yield from sorted(roots, key=lambda root: len(root[0]))
+        for name in map(str, value) if known.counters else ():
+            root = name.removesuffix(known.counters[0])
+            if root.endswith(".") and all(root + counter in value for counter in known.counters):
+                roots.setdefault(root, known)
+    # What is in another average is a part of that one.
+    return {
+        root: known
+        for root, known in roots.items()
+        if not any(root != other and root.startswith(other) for other in roots)
+    }
 
 
-def _read(
-    data: Mapping[str, Any],
-    key: str,
-    value: Mapping[str, Any],
-    root: str,
-    known: Format,
-    origin: Source,
+def _read_at(
+    data: Mapping[str, Any], key: str, value: Mapping[str, Any], known: Format, origin: Source
 ) -> Found | None:
-    if root:
-        return _read_in_module(key, value, root, known, origin)
-    if not key:  # Of the dictionary as a whole it was asked before.
-        return None
+    """What a format finds in the value of a key."""
     other = key_beside(data, key)
     inner = known.read(value, replace(origin, beside=data[other] if other else {}))
     if inner is None:
@@ -77,7 +78,12 @@ def _read(
 
 
 def _read_in_module(
-    key: str, value: Mapping[str, Any], root: str, known: Format, origin: Source
+    key: str,
+    value: Mapping[str, Any],
+    root: str,
+    known: Format,
+    roots: tuple[str, ...],
+    origin: Source,
 ) -> Found | None:
     """An average that a module keeps of another: ``self.ema`` of ``self.net``.
 
@@ -85,7 +91,11 @@ def _read_in_module(
     are those of the inner one where the model that was given has these, where the prefix is that
     of the average, and where the inner one can't be told among several or isn't there.
     """
-    rest = {n: t for n, t in value.items() if not n.startswith(root) and isinstance(t, Tensor)}
+    rest = {
+        str(name): tensor
+        for name, tensor in value.items()
+        if isinstance(tensor, Tensor) and not str(name).startswith(roots)
+    }
     own = replace(origin, prefix="", beside=rest)
     inner = known.read(parts(value, root), own)
     if inner is None:

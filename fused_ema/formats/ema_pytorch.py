@@ -45,7 +45,7 @@ FORMAT = Format(
     _read,
     _make,
     is_part=True,
-    counter="initted",
+    counters=("initted", "step"),
     marks=(
         "initted",
         "*.initted",

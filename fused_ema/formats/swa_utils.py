@@ -36,6 +36,6 @@ FORMAT = Format(
     _read,
     _make,
     is_part=True,
-    counter="n_averaged",
+    counters=("n_averaged",),
     marks=("n_averaged", "*.n_averaged"),
 )
