@@ -39,6 +39,7 @@ from fused_ema import _safetensors, _tracking
 from fused_ema._format_errors import READ, WRITE, FormatError
 from fused_ema.formats import (
     _within,
+    detectors,
     diffusers,
     ema_pytorch,
     lightning,
@@ -49,7 +50,6 @@ from fused_ema.formats import (
     plain,
     swa_utils,
     torch_ema,
-    ultralytics,
 )
 from fused_ema.formats._files import Replacing, load
 from fused_ema.formats._found import Format, Found
@@ -69,8 +69,10 @@ _ALL = (
     diffusers.FORMAT,
     torch_ema.FORMAT,
     pairs.TIMM,
+    pairs.DEIT,
     pairs.EMA_STATE_DICT,
-    ultralytics.FORMAT,
+    detectors.RT_DETR,
+    detectors.ULTRALYTICS,
     openmmlab.MMCV,
     plain.SAFETENSORS,
     plain.STATE_DICT,
