@@ -79,6 +79,9 @@ def made(name, raw, ema, model):
         return {"epoch": EPOCH - 1, "model": raw, "model_ema": ema, "optimizer": {}}
     if name == "rt_detr":
         return {"last_epoch": EPOCH - 1, "model": raw, "ema": {"module": ema, "updates": UPDATES}}
+    if name == "dino":
+        parts = {"teacher": ema, "student": raw}
+        return {key: {f"backbone.{k}": v for k, v in own.items()} for key, own in parts.items()}
     if name == "diffusers":
         listed = parameters_of(model, ema)
         own = {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": False}
@@ -105,7 +108,7 @@ def made(name, raw, ema, model):
 
 
 LISTS = ("diffusers", "torch_ema", "nemo")
-PAIRS = ("timm", "deit", "ema_state_dict")  # Which record no more than the epoch.
+PAIRS = ("timm", "deit", "dino", "ema_state_dict")  # Which record no more than the epoch.
 MADE = [name for name in FORMATS if name != "safetensors"]
 
 

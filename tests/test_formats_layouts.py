@@ -325,3 +325,36 @@ def test_rt_detr(wrapper, trained):
     for other in ({"module": raw}, {"module": raw, "optimizer": {}}, {"model": {"module": raw}}):
         with pytest.raises(FormatError, match="no average in a known format"):
             state.read(other)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_dino(wrapper, trained):
+    net, _, raw, ema = trained
+    head = {"head.last.weight": torch.ones(2)}
+    teacher = within("backbone.", ema) | head
+    student = within("backbone.", raw) | {"head.last.weight": torch.zeros(2)}
+    for data in (
+        {"student": within("module.", student), "teacher": within(wrapper, teacher), "epoch": 9},
+        {"model": within("student.", student) | within("teacher.", teacher)},
+        within("student.", student) | within("teacher.", teacher),
+    ):
+        found = state.read(data)
+        check(found, student, teacher)
+        assert (found.format, found.epoch) == ("dino", data.get("epoch"))
+        check(state.read(data, prefix="backbone."), raw, ema)
+        check(state.read(data, model=net), raw, ema)
+    check(state.read({"teacher": within(wrapper, teacher)}), {}, teacher)
+
+
+def test_a_teacher_that_is_no_average(trained, tmp_path):
+    _, _, raw, ema = trained
+    for source in in_each_container(tmp_path, within("teacher.", ema) | within("student.", raw)):
+        with pytest.raises(FormatError, match=r"no average in a known|format 'dino'"):
+            state.read(source)
+        check(state.read(source, format="dino"), raw, ema)
+    teacher = within("backbone.", ema)
+    with pytest.raises(FormatError, match=r"no average of student, which has no 'backbone\.0\.w"):
+        state.read({"teacher": teacher, "student": {"other": torch.ones(1)}})
+    smaller = {name: tensor[:1] if tensor.ndim else tensor for name, tensor in teacher.items()}
+    with pytest.raises(FormatError, match=r"'backbone\.0\.weight' has shape \[4, 3\] in teach"):
+        state.read({"teacher": teacher, "student": smaller})
