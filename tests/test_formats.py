@@ -82,6 +82,10 @@ def made(name, raw, ema, model):
     if name == "dino":
         parts = {"teacher": ema, "student": raw}
         return {key: {f"backbone.{k}": v for k, v in own.items()} for key, own in parts.items()}
+    if name == "lit_ema":
+        own = {n.replace(".", ""): ema[n] for n, _ in model.named_parameters()}
+        own |= {"decay": torch.tensor(DECAY), "num_updates": torch.tensor(UPDATES)}
+        return {"model": raw, "mine": own}
     if name == "diffusers":
         listed = parameters_of(model, ema)
         own = {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": False}
@@ -108,6 +112,7 @@ def made(name, raw, ema, model):
 
 
 LISTS = ("diffusers", "torch_ema", "nemo")
+PARAMETERS = (*LISTS, "lit_ema")  # Which have no buffers.
 PAIRS = ("timm", "deit", "dino", "ema_state_dict")  # Which record no more than the epoch.
 MADE = [name for name in FORMATS if name != "safetensors"]
 
@@ -121,7 +126,7 @@ def test_every_format_is_read(name, dtype, tmp_path):
     data = made(name, raw, ema, model)
     torch.save(data, file)
     wanted = dict(ema)
-    if name in LISTS:
+    if name in PARAMETERS:
         wanted = {n: ema[n] for n in ema if n not in buffers_of(model)}
     has_raw = name not in ("averaged_model", "diffusers", "torch_ema", "ultralytics", "state_dict")
     for source in (file, str(file), data):
@@ -130,16 +135,16 @@ def test_every_format_is_read(name, dtype, tmp_path):
         assert found.format == name
         assert found.ema.keys() == wanted.keys()
         assert_same({n: found.ema[n] for n in wanted}, wanted)
-        if name not in LISTS:  # Lists have the order of named_parameters().
+        if name not in PARAMETERS:  # They have the order of named_parameters().
             assert list(found.ema) == list(wanted)
         assert_same(found.raw, raw if has_raw else {})
         steps = ("averaged_model", "ultralytics", "rt_detr", *PAIRS, "state_dict")
-        in_updates = name in ("diffusers", "torch_ema")
+        in_updates = name in ("diffusers", "torch_ema", "lit_ema")
         assert found.iteration == (None if name in steps else UPDATES if in_updates else STEP)
         silent = ("mmcv", "ema_pytorch", *PAIRS, "state_dict")
         updates = STEP if name == "nemo" else UPDATES
         assert found.num_updates == (None if name in silent else updates)
-        assert found.momentum == (1 - DECAY if name in LISTS else None)
+        assert found.momentum == (1 - DECAY if name in PARAMETERS else None)
         assert_same(found.averaged_model(), {**found.raw, **found.ema})
 
 
@@ -555,7 +560,7 @@ def test_a_manager_goes_on(name):
     model = a_model()
     raw, ema = both(model)
     found = state.read(made(name, raw, ema, model), model=model)
-    manager = EMAManager(model, 0.25, skip_buffers=name in LISTS)
+    manager = EMAManager(model, 0.25, skip_buffers=name in PARAMETERS)
     before = values_of(model)
     state.load_into(manager, found)
     averages = dict(manager.named_emas())

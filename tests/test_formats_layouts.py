@@ -358,3 +358,71 @@ def test_a_teacher_that_is_no_average(trained, tmp_path):
     smaller = {name: tensor[:1] if tensor.ndim else tensor for name, tensor in teacher.items()}
     with pytest.raises(FormatError, match=r"'backbone\.0\.weight' has shape \[4, 3\] in teach"):
         state.read({"teacher": teacher, "student": smaller})
+
+
+def lit_ema_of(net, ema, updates=7):
+    """The averages of LitEma: of what is trained, without dots."""
+    flat = {name.replace(".", ""): ema[name] for name, _ in net.named_parameters()}
+    return {"decay": torch.tensor(0.75), "num_updates": torch.tensor(updates), **flat}
+
+
+def test_lit_ema(trained, tmp_path):
+    net, _, raw, ema = trained
+    names = [name for name, _ in net.named_parameters()]
+    averages = {name: ema[name] for name in names}
+    own, first = lit_ema_of(net, ema), {"first_stage_model.0.weight": torch.ones(4, 3)}
+    inside = "model.diffusion_model."
+    weights = within(inside, raw) | first
+    for root in ("model_ema.", "ema."):
+        both = weights | within(f"{root}", within_flat("diffusion_model", own))
+        sources = (*in_each_container(tmp_path, both), {"epoch": 2, "state_dict": both})
+        for source in sources:
+            found = state.read(source)
+            check(found, weights, within(inside, averages))
+            assert (found.format, found.num_updates, found.iteration) == ("lit_ema", 7, 7)
+            assert found.momentum == 0.25
+            at = "state_dict." if source is sources[-1] else ""
+            assert (found.ema_at, found.raw_at) == (f"{at}{root}*", f"{at}model.*")
+            check(state.read(source, prefix=inside), raw, averages)
+            check(
+                state.read(source, prefix="model."),
+                within("diffusion_model.", raw),
+                within("diffusion_model.", averages),
+            )
+    # Under a key, beside the weights.
+    found = state.read({"model": raw, "mine": own}, model=net)
+    check(found, raw, averages)
+    assert state.read({"model": raw, "mine": lit_ema_of(net, ema, -1)}).num_updates is None
+
+
+def within_flat(name, own):
+    return {key if key in ("decay", "num_updates") else name + key: t for key, t in own.items()}
+
+
+def test_lit_ema_without_the_weights(trained, tmp_path, capsys):
+    net, _, _, ema = trained
+    own = lit_ema_of(net, ema)
+    averages = {name: ema[name] for name, _ in net.named_parameters()}
+    for source in in_each_container(tmp_path, within("model_ema.", own)):
+        with pytest.raises(FormatError, match="have lost their dots") as error:
+            state.read(source)
+        assert "'0weight', '0bias'" in str(error.value)
+        check(state.read(source, model=net), {}, averages)
+        check(state.read(source, model=list(averages)), {}, averages)
+    assert main(["inspect", str(tmp_path / "x.safetensors")]) == 0
+    assert "format      lit_ema" in capsys.readouterr().out
+
+
+def test_lit_ema_that_mixed_up_its_names():
+    one = torch.ones(1)
+    own = {"decay": one, "num_updates": torch.tensor(1), "abc": one}
+    with pytest.raises(FormatError, match=r"'abc' of .* stands for both 'a.bc' and 'ab.c'"):
+        state.read({"model": {"a.bc": one, "ab.c": one}, "ema": own})
+
+
+def test_lit_ema_of_tied_weights(tmp_path):
+    raw, ema = torch.zeros(2, 2), torch.ones(2, 2)
+    own = {"decay": torch.tensor(0.75), "num_updates": torch.tensor(1), "inweight": ema}
+    torch.save({"model": {"in.weight": raw, "out.weight": raw}, "ema": own}, tmp_path / "x")
+    found = state.read(tmp_path / "x")
+    assert_same(found.averaged_model(), {"in.weight": ema, "out.weight": ema})

@@ -49,7 +49,7 @@ def _read_ema_state_dict(data: Mapping[str, Any], origin: Source) -> Found | Non
 
 
 TIMM = Format("timm", _read_timm, _make_timm, is_last=True, marks=("state_dict_ema.*",))
-DEIT = Format("deit", _read_deit, is_last=True, marks=("model_ema.*",))
+DEIT = Format("deit", _read_deit, is_last=True)
 EMA_STATE_DICT = Format(
     "ema_state_dict", _read_ema_state_dict, is_last=True, marks=("ema_state_dict.*",)
 )
