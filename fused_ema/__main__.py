@@ -147,7 +147,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _source(path: Path, args: argparse.Namespace, numbered: bool) -> Source:
-    return Source(path, _model_in(args), args.prefix, args.main, numbered, args.format)
+    return Source(
+        path, _model_in(args), args.prefix, args.main, numbered, args.format, key=args.key
+    )
 
 
 def _model_in(args: argparse.Namespace) -> Model | None:
@@ -221,6 +223,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = shared.add_argument
     add("--format", choices=formats.FORMATS, metavar="FORMAT", help="instead of recognising it")
     add("--main", choices=("ema", "raw"), help="mmcv: what the model's own names hold in the file")
+    add("--key", default="", help="read what is under this key; a.b within keys, a.0 in a list")
     add("--prefix", default="", help="take only names that begin so, without it")
     add(
         "--model-names",

@@ -426,3 +426,89 @@ def test_lit_ema_of_tied_weights(tmp_path):
     torch.save({"model": {"in.weight": raw, "out.weight": raw}, "ema": own}, tmp_path / "x")
     found = state.read(tmp_path / "x")
     assert_same(found.averaged_model(), {"in.weight": ema, "out.weight": ema})
+
+
+# ---- what has no format: named by its key, its prefix, or both
+
+
+def test_a_layout_that_nobody_has_seen(trained, tmp_path, capsys):
+    _, averaged, raw, ema = trained
+    nets = [{"other": torch.ones(1)}, within("avg_net.", ema) | within("net.", raw)]
+    data = {"stuff": {"my.nets": nets}, "model": raw, "epoch": 1}
+    torch.save(data, tmp_path / "x.ckpt")
+    words = ["--key", "stuff.my.nets.1", "--prefix", "avg_net.", "--format", "state_dict"]
+    out = tmp_path / "out"
+    assert main(["convert", str(tmp_path / "x.ckpt"), str(out), "--to", "timm", *words]) == 0
+    check(state.read(out), raw, ema)
+    assert main(["inspect", str(tmp_path / "x.ckpt"), *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith("in stuff.my.nets.1") for line in lines)
+    assert any(line.endswith("in model") for line in lines)
+    # A known format in an unknown place.
+    own = within("deep.", averaged.state_dict()) | within("net.", raw)
+    torch.save({"stuff": {"all": own}}, tmp_path / "x.ckpt")
+    words = ["--key", "stuff.all", "--prefix", "deep.", "--format", "averaged_model"]
+    assert main(["convert", str(tmp_path / "x.ckpt"), str(out), "--to", "timm", *words]) == 0
+    check(state.read(out), raw, ema)
+    capsys.readouterr()
+
+
+def test_a_key(trained):
+    net, averaged, raw, ema = trained
+    own, inner = {"a": averaged.state_dict(), "b": averaged.state_dict()}, {"module": ema}
+    with pytest.raises(FormatError, match=r"several averages, under 'a', 'b'.*key= \(--key\)"):
+        state.read({**own, "model": raw})
+    found = state.read({**own, "model": raw}, key="b")
+    check(found, raw, ema)
+    assert (found.ema_at, found.raw_at) == ("b.module.*", "model")
+    for key, data in (("a.b.module", {"a.b": inner}), ("a.b.module", {"a": {"b": inner}})):
+        check(state.read(data, key=key, format="state_dict"), {}, ema)
+    # The raw weights are no part of what was named, nor another model's.
+    found = state.read({"model": {"raw": raw, "avg": ema}}, key="model.avg", format="state_dict")
+    check(found, {}, ema)
+    found = state.read({"model": {"x": raw["0.bias"]}, "avg": ema}, key="avg", format="state_dict")
+    check(found, {}, ema)
+    listed = {"ema_params": [ema[name] for name, _ in net.named_parameters()], "model": raw}
+    found = state.read(listed, key="ema_params", format="state_dict", model=net)
+    check(found, raw, {name: ema[name] for name, _ in net.named_parameters()})
+    check(
+        state.read({"model": raw, "mine": lit_ema_of(net, ema)}, key="mine"),
+        raw,
+        {name: ema[name] for name, _ in net.named_parameters()},
+    )
+
+
+def test_a_key_that_doesnt_serve(trained, tmp_path):
+    _, _, raw, ema = trained
+    data = {"model": raw, "avg": ema, "listed": [torch.ones(1)], "epoch": 1}
+    for key in ("none", "model.none", "epoch.a", "listed.1", "listed.x"):
+        with pytest.raises(
+            FormatError, match=rf"nothing under the key '{key}': it has the keys 'mod"
+        ):
+            state.read(data, key=key)
+    with pytest.raises(FormatError, match="'epoch' of the dictionary is a int"):
+        state.read(data, key="epoch")
+    with pytest.raises(FormatError, match=r"'listed' of the dictionary is a list.*state_dict"):
+        state.read(data, key="listed")
+    with pytest.raises(FormatError, match=r"no tensors itself: it has the keys 'model', 'avg'"):
+        state.read(data, format="state_dict")
+    with pytest.raises(FormatError, match=r"no average in a known format.*key= \(--key\)"):
+        state.read(data)
+    with pytest.raises(FormatError, match="no average in a known format"):
+        state.read(data, key="avg")  # Which of them it is, only the caller can say.
+
+
+def test_a_state_dict_that_holds_more_than_the_average(trained):
+    _, averaged, raw, _ = trained
+    weights = {"state_dict": within("net.", raw) | within("avg.", averaged.state_dict())}
+    with pytest.raises(FormatError, match="has names of the format 'averaged_model'"):
+        state.read(weights, format="state_dict")
+
+
+def test_a_prefix_that_has_both(trained):
+    _, averaged, raw, ema = trained
+    both = within("net.", raw) | within("avg.", averaged.state_dict())
+    other = {name: tensor + 1 for name, tensor in both.items()}
+    weights = {"state_dict": within("a.", both) | within("b.", other)}
+    check(state.read(weights, prefix="a.avg."), {}, ema)
+    check(state.read(weights, prefix="a."), within("net.", raw), within("net.", ema))

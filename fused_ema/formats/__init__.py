@@ -53,10 +53,11 @@ from fused_ema.formats import (
     swa_utils,
     torch_ema,
 )
-from fused_ema.formats._files import Replacing, load
+from fused_ema.formats._files import Foreign, Replacing, load, pickled
 from fused_ema.formats._found import Format, Found
 from fused_ema.formats._names import Model, Names, check_model, model_of
-from fused_ema.formats._source import Main, Source, shown_path
+from fused_ema.formats._pairs import raw_beside
+from fused_ema.formats._source import MODEL_KEYS, Main, Source, at_key, holds_tensors, shown_path
 
 __all__ = ["FORMATS", "WRITABLE", "FormatError", "Found", "load_into", "read", "write"]
 
@@ -97,6 +98,7 @@ def read(
     *,
     main: Main | None = None,
     prefix: str = "",
+    key: str = "",
 ) -> Found:
     """Finds the average in a checkpoint.
 
@@ -109,7 +111,9 @@ def read(
         main: For ``mmcv``: what the model's own names hold in the file, ``"ema"`` or ``"raw"``.
             None to tell by its metadata.
         prefix: Take only names that begin so, without it: ``"model."`` for the ``self.model`` of a
-            LightningModule.
+            LightningModule. Of a module that keeps an average of another, that of either.
+        key: Read the value of this key; of keys within keys ``"a.b"``, of a list ``"a.0"``. With
+            ``format="state_dict"`` and ``prefix`` it reads what has no format.
 
     Returns:
         What was found.
@@ -123,7 +127,7 @@ def read(
     Formula of the momentum: ``1 - decay`` where a format records a decay.
     """
     path = None if isinstance(source, Mapping) else Path(source)
-    origin = Source(path, model_of(model, READ), prefix, main, format=format)
+    origin = Source(path, model_of(model, READ), prefix, main, format=format, key=key)
     return _read(source, origin)
 
 
@@ -137,9 +141,10 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
         found = diffusers.read_folder(path, origin)
     elif path is not None and _safetensors.is_safetensors(path):
         tensors, metadata = _safetensors.map_any(path)
-        found = _find(tensors, replace(origin, metadata=metadata))
+        found = _read_keyed(tensors, replace(origin, metadata=metadata))
     else:
-        found = _find(source if isinstance(source, Mapping) else load(Path(source)), origin)
+        data = source if isinstance(source, Mapping) else load(Path(source))
+        found = _read_keyed(data, origin)
     if name is not None and found.format != name:
         raise FormatError(
             f"{READ}: {shown_path(path)} has the format '{found.format}', not '{name}'; leave it "
@@ -156,6 +161,35 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
             raw = {name: tensor for name, tensor in found.raw.items() if name in model.names}
             found = replace(found, raw=raw)
     return found
+
+
+def _read_keyed(data: Mapping[str, Any], origin: Source) -> Found:
+    """What is in the dictionary, or in the value of a key that the caller names."""
+    key = origin.key
+    if not key:
+        return _find(data, origin)
+    value = at_key(data, key, origin)
+    # Neither the value itself nor what it lies in.
+    others = [other for other in MODEL_KEYS if not f"{key}.".startswith(f"{other}.")]
+    if isinstance(value, (list, tuple)) and origin.format == "state_dict":
+        found = Found("state_dict", origin.listed(value, f"'{key}'"), ema_at=plain.WHOLE)
+    elif isinstance(value, Mapping):
+        raws = (data[other] for other in others if holds_tensors(data.get(other)))
+        found = _find(value, replace(origin, beside=next(raws, {})))
+    else:
+        what = f"'{key}' of {shown_path(origin.path)}"
+        if isinstance(value, Foreign):
+            raise FormatError(f"{READ}: {shown_path(origin.path)}: {pickled(value, key)}")
+        raise FormatError(
+            f"{READ}: {what} is a {type(value).__name__}, not a dictionary (of a list of tensors "
+            "say format='state_dict', --format state_dict; of names that begin alike prefix=, "
+            "--prefix)"
+        )
+    at = key if found.ema_at == plain.WHOLE else f"{key}.{found.ema_at}"
+    raw, raw_at = found.raw, f"{key}.{found.raw_at}"
+    if not raw:
+        raw, raw_at = raw_beside(found.ema, at, data, others, origin)
+    return replace(found, raw=raw, ema_at=at, raw_at=raw_at)
 
 
 def _find(data: Mapping[str, Any], origin: Source) -> Found:
@@ -192,7 +226,9 @@ def _unknown(data: Mapping[str, Any], origin: Source) -> FormatError:
         )
     return FormatError(
         f"{READ}: {shown_path(origin.path)} has no average in a known format: it has the keys "
-        f"{keys}; if its weights are the average, say format='state_dict' (--format state_dict)"
+        f"{keys}; if its weights are the average, say format='state_dict' (--format state_dict); "
+        "if a part of it is, say which as well: key= (--key) for a value of the dictionary, "
+        "prefix= (--prefix) for names that begin alike"
     )
 
 

@@ -30,6 +30,8 @@ class Source:
     numbered: bool = False
     # The format that the caller says it has.
     format: str | None = None
+    # Of the value to read; keys within keys stand with dots between them.
+    key: str = ""
     # Of a safetensors file.
     metadata: Mapping[str, str] | None = None
     # What stands beside the dictionary and may be the model's own weights.
@@ -51,6 +53,33 @@ class Source:
 
 def shown_path(path: Path | None) -> str:
     return "the dictionary" if path is None else f"'{path}'"
+
+
+def at_key(value: Any, key: str, origin: Source) -> Any:
+    """The value under a key, or under keys with dots between them; of a list under its number.
+
+    Raises:
+        FormatError: There is none.
+    """
+    inner = _at(value, key)
+    if inner is None:
+        has = ", ".join(f"'{k}'" for k in list(value)[:8]) if isinstance(value, Mapping) else ""
+        raise FormatError(
+            f"{READ}: {shown_path(origin.path)} has nothing under the key '{key}': it has the keys "
+            f"{has}"
+        )
+    return inner
+
+
+def _at(value: Any, key: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        value = {str(i): element for i, element in enumerate(value)}
+    if not isinstance(value, Mapping) or key in value:
+        return value.get(key) if isinstance(value, Mapping) else None
+    words = key.split(".")  # Keys may have dots themselves.
+    heads = (".".join(words[:i]) for i in range(len(words) - 1, 0, -1))
+    found = (_at(value[head], key[len(head) + 1 :]) for head in heads if head in value)
+    return next((inner for inner in found if inner is not None), None)
 
 
 def tensors_of(value: Any, what: str) -> Tensors:

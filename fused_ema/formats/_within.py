@@ -36,8 +36,10 @@ def find(data: Mapping[str, Any], origin: Source, formats: Sequence[Format]) -> 
                 inner = _read_in_module(key, value, root, known, tuple(roots), origin)
                 if inner is not None:
                     places[key, root] = inner
-    if origin.prefix in [root for _, root in places]:
-        places = {place: inner for place, inner in places.items() if place[1] == origin.prefix}
+    if origin.prefix:
+        chosen = {place: f for place, f in places.items() if place[1].startswith(origin.prefix)}
+        exact = {place: f for place, f in chosen.items() if place[1] == origin.prefix}
+        places = exact or chosen or places
     if len(places) > 1:
         raise FormatError(
             f"{READ}: {shown_path(origin.path)} has several averages, under "
@@ -91,10 +93,14 @@ def _read_in_module(
     are those of the inner one where the model that was given has these, where the prefix is that
     of the average, and where the inner one can't be told among several or isn't there.
     """
+    # A prefix that has several averages, or one and what it is of, parts them from others.
+    among = origin.prefix if root.startswith(origin.prefix) and root != origin.prefix else ""
     rest = {
         str(name): tensor
         for name, tensor in value.items()
-        if isinstance(tensor, Tensor) and not str(name).startswith(roots)
+        if isinstance(tensor, Tensor)
+        and not str(name).startswith(roots)
+        and str(name).startswith(among)
     }
     own = replace(origin, prefix="", beside=rest)
     inner = known.read(parts(value, root), own)

@@ -56,7 +56,7 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
     if len(found) > 1:
         raise FormatError(
             f"{READ}: {len(found)} optimizers have an average; read the one you want: "
-            "read(torch.load(...)['optimizer_states'][i], model=...)"
+            "key='optimizer_states.0' (--key optimizer_states.0)"
         )
     own = found[0]
     at = "ema" if own is data else "optimizer_states ema"

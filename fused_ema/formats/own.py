@@ -26,7 +26,7 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
         if len(keys) > 1:
             raise FormatError(
                 f"{READ}: {shown_path(origin.path)} has several averages, under "
-                f"{_tracking.shown(keys)}; read the one you want: read(torch.load(...)[key])"
+                f"{_tracking.shown(keys)}; read the one you want: key= (--key)"
             )
         if not keys:
             return None

@@ -6,10 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fused_ema._format_errors import READ, FormatError
 from fused_ema.formats._found import Format, Found
 from fused_ema.formats._names import Model, Tensors
-from fused_ema.formats._source import Source
+from fused_ema.formats._source import Source, holds_tensors, shown_path
 
+WHOLE = "the whole file"
 _SLOT = "fused_ema.slot"
 _COUNTERS = ("iteration", "num_updates", "momentum", "epoch")
 
@@ -46,7 +48,7 @@ def _read_safetensors(data: Mapping[str, Any], origin: Source) -> Found | None:
         num_updates=number("num_updates"),
         epoch=number("epoch"),
         momentum=momentum,
-        ema_at="the whole file",
+        ema_at=WHOLE,
         why="" if says_average(origin) else why,
     )
 
@@ -73,8 +75,14 @@ def _read_state_dict(data: Mapping[str, Any], origin: Source) -> Found | None:
         return None
     inner = data.get("state_dict")
     where = "state_dict" if isinstance(inner, Mapping) else ""
+    if not where and not holds_tensors(data):
+        keys = ", ".join(f"'{key}'" for key in list(data)[:8])
+        raise FormatError(
+            f"{READ}: {shown_path(origin.path)} holds no tensors itself: it has the keys {keys}; "
+            "say which of them holds the average: key= (--key)"
+        )
     ema = origin.named(inner if where else data, "the file")
-    return Found("state_dict", ema, ema_at=where or "the whole file")
+    return Found("state_dict", ema, ema_at=where or WHOLE)
 
 
 def _make_averaged(found: Found, model: Model | None) -> dict[str, Any]:
