@@ -148,7 +148,14 @@ def _inspect(args: argparse.Namespace) -> None:
 
 def _source(path: Path, args: argparse.Namespace, numbered: bool) -> Source:
     return Source(
-        path, _model_in(args), args.prefix, args.main, numbered, args.format, key=args.key
+        path,
+        _model_in(args),
+        args.prefix,
+        args.main,
+        numbered,
+        args.format,
+        key=args.key,
+        variant=args.variant,
     )
 
 
@@ -225,6 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--main", choices=("ema", "raw"), help="mmcv: what the model's own names hold in the file")
     add("--key", default="", help="read what is under this key; a.b within keys, a.0 in a list")
     add("--prefix", default="", help="take only names that begin so, without it")
+    add("--variant", help="a folder of diffusers: which of its weights, such as fp16")
     add(
         "--model-names",
         type=Path,

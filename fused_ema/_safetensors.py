@@ -41,7 +41,9 @@ _DTYPES = {
 
 
 def is_safetensors(path: Path) -> bool:
-    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+    # The index of a variant has its name before the ending: x.safetensors.index.fp16.json.
+    is_index = path.suffix == ".json" and ".safetensors.index." in path.name
+    if path.suffix == ".safetensors" or is_index:
         return True
     with path.open("rb") as file:
         start = file.read(9)

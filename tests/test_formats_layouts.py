@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 import pytest
 import torch
@@ -261,6 +262,7 @@ def test_an_average_in_a_module(kind, root, trained, tmp_path):
         check(state.read(source, model=net), raw, ema)
         check(state.read(source, prefix="net."), raw, ema)
         check(state.read(source, prefix=root), raw, ema)
+        check(state.read(source, model=net, format=found.format), raw, ema)
     found = state.read({"state_dict": within(root, own)})
     check(found, raw if kind == "with online" else {}, ema)
 
@@ -512,3 +514,107 @@ def test_a_prefix_that_has_both(trained):
     weights = {"state_dict": within("a.", both) | within("b.", other)}
     check(state.read(weights, prefix="a.avg."), {}, ema)
     check(state.read(weights, prefix="a."), within("net.", raw), within("net.", ema))
+
+
+# ---- the folder of diffusers
+
+
+def a_folder(folder, files, sharded=""):
+    """Weights as ``save_pretrained(variant=...)`` names them, of the step and decay of an EMA."""
+    (folder / "config.json").write_text(json.dumps({"optimization_step": 7, "decay": 0.75}))
+    for name, tensors in files.items():
+        with (folder / name).open("wb") as file:
+            _safetensors.write_file(file, tensors, {"format": "pt"})
+    if sharded:
+        index = {"weight_map": {n: name for name, tensors in files.items() for n in tensors}}
+        (folder / sharded).write_text(json.dumps(index))
+
+
+def shards(stem, tensors):
+    names = list(tensors)
+    return {
+        f"{stem}-0000{i + 1}-of-00002.safetensors": {n: tensors[n] for n in names[i::2]}
+        for i in range(2)
+    }
+
+
+STEM = "diffusion_pytorch_model"
+
+
+def test_a_folder_with_a_sharded_variant(trained, tmp_path):
+    net, _, _, ema = trained
+    half = {name: tensor.half() for name, tensor in ema.items()}
+    a_folder(tmp_path, shards(f"{STEM}.fp16", half), f"{STEM}.safetensors.index.fp16.json")
+    for variant in (None, "fp16"):
+        found = state.read(tmp_path, model=net, variant=variant)
+        check(found, {}, half)
+        assert (found.format, found.iteration, found.momentum) == ("diffusers", 7, 0.25)
+        assert found.ema_at == f"{STEM}.safetensors.index.fp16.json"
+    # Beside the plain one, which is then read unasked; older shards are named the other way round.
+    a_folder(tmp_path, shards(STEM, ema), f"{STEM}.safetensors.index.json")
+    check(state.read(tmp_path), {}, ema)
+    check(state.read(tmp_path, variant="fp16"), {}, half)
+    check(state.read(tmp_path / f"{STEM}.safetensors.index.fp16.json"), {}, half)
+
+
+def test_a_folder_with_a_plain_file_and_a_variant(trained, tmp_path, capsys):
+    _, _, _, ema = trained
+    half = {name: tensor.half() for name, tensor in ema.items()}
+    plain, fp16 = f"{STEM}.safetensors", f"{STEM}.fp16.safetensors"
+    a_folder(tmp_path, {plain: ema, fp16: half})
+    found = state.read(tmp_path)
+    check(found, {}, ema)
+    assert found.ema_at == plain
+    check(state.read(tmp_path, variant="fp16"), {}, half)
+    out = tmp_path / "out"
+    words = ["convert", str(tmp_path), str(out), "--to", "safetensors", "--variant", "fp16"]
+    assert main(words) == 0
+    check(state.read(out), {}, half)
+    capsys.readouterr()
+    with pytest.raises(FormatError, match="no weights of the variant 'bf16'; it has: 'plain', '"):
+        state.read(tmp_path, variant="bf16")
+    (tmp_path / plain).unlink()
+    check(state.read(tmp_path), {}, half)
+    a_folder(tmp_path, {f"{STEM}.bf16.safetensors": ema})
+    with pytest.raises(FormatError, match=r"has the variants 'bf16', 'fp16'.*variant="):
+        state.read(tmp_path)
+    a_folder(tmp_path, {"one.safetensors": ema, "two.safetensors": ema})
+    with pytest.raises(FormatError, match=r"2 files of weights \('one.*', 'two.*'\); keep one"):
+        state.read(tmp_path)
+
+
+def test_a_folder_with_a_bin_of_a_variant(trained, tmp_path):
+    _, _, _, ema = trained
+    half = {name: tensor.half() for name, tensor in ema.items()}
+    a_folder(tmp_path, {})
+    torch.save(half, tmp_path / f"{STEM}.fp16.bin")
+    check(state.read(tmp_path), {}, half)
+    torch.save(ema, tmp_path / f"{STEM}.bin")
+    check(state.read(tmp_path), {}, ema)
+    check(state.read(tmp_path, variant="fp16"), {}, half)
+    # The state of an optimizer is nobody's weights.
+    torch.save({"state": {}}, tmp_path / "optimizer.bin")
+    a_folder(tmp_path, {f"{STEM}.fp16.safetensors": half})
+    check(state.read(tmp_path), {}, ema)
+    (tmp_path / f"{STEM}.bin").unlink()
+    check(state.read(tmp_path), {}, half)
+
+
+def test_a_folder_that_lacks_its_index(trained, tmp_path):
+    _, _, _, ema = trained
+    a_folder(tmp_path, shards(STEM, ema))
+    with pytest.raises(FormatError, match=r"shards without their index.*-00001-of-00002"):
+        state.read(tmp_path)
+    a_folder(tmp_path, {f"{STEM}.fp16-00001-of-00001.safetensors": ema})
+    with pytest.raises(FormatError, match="shards without their index"):
+        state.read(tmp_path)
+    check(state.read(tmp_path, variant="fp16"), {}, ema)  # A single one needs none.
+
+
+def test_variants_and_keys_have_their_place(trained, tmp_path):
+    _, _, _, ema = trained
+    a_folder(tmp_path, {f"{STEM}.safetensors": ema})
+    with pytest.raises(FormatError, match="variant is for the folders of diffusers"):
+        state.read(tmp_path / f"{STEM}.safetensors", variant="fp16")
+    with pytest.raises(FormatError, match="is a folder, which has no key 'a'"):
+        state.read(tmp_path, key="a")

@@ -99,6 +99,7 @@ def read(
     main: Main | None = None,
     prefix: str = "",
     key: str = "",
+    variant: str | None = None,
 ) -> Found:
     """Finds the average in a checkpoint.
 
@@ -114,6 +115,8 @@ def read(
             LightningModule. Of a module that keeps an average of another, that of either.
         key: Read the value of this key; of keys within keys ``"a.b"``, of a list ``"a.0"``. With
             ``format="state_dict"`` and ``prefix`` it reads what has no format.
+        variant: Of a folder: which of the weights, as ``save_pretrained(variant="fp16")`` names
+            them. None for the plain ones, or the only ones there are.
 
     Returns:
         What was found.
@@ -127,7 +130,9 @@ def read(
     Formula of the momentum: ``1 - decay`` where a format records a decay.
     """
     path = None if isinstance(source, Mapping) else Path(source)
-    origin = Source(path, model_of(model, READ), prefix, main, format=format, key=key)
+    origin = Source(
+        path, model_of(model, READ), prefix, main, format=format, key=key, variant=variant
+    )
     return _read(source, origin)
 
 
@@ -137,7 +142,15 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
         raise FormatError(f"{READ}: format is {name!r}; choose from {', '.join(FORMATS)}")
     if origin.main not in (None, "ema", "raw"):
         raise FormatError(f"{READ}: main is {origin.main!r}; it is 'ema' or 'raw'")
-    if path is not None and path.is_dir():
+    is_folder = path is not None and path.is_dir()
+    if is_folder and origin.key:
+        raise FormatError(f"{READ}: '{path}' is a folder, which has no key '{origin.key}'")
+    if origin.variant is not None and not is_folder:
+        raise FormatError(
+            f"{READ}: variant is for the folders of diffusers, and {shown_path(path)} is none; "
+            "leave it out"
+        )
+    if path is not None and is_folder:
         found = diffusers.read_folder(path, origin)
     elif path is not None and _safetensors.is_safetensors(path):
         tensors, metadata = _safetensors.map_any(path)

@@ -32,6 +32,8 @@ class Source:
     format: str | None = None
     # Of the value to read; keys within keys stand with dots between them.
     key: str = ""
+    # Of the folders of diffusers.
+    variant: str | None = None
     # Of a safetensors file.
     metadata: Mapping[str, str] | None = None
     # What stands beside the dictionary and may be the model's own weights.

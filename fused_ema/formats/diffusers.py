@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fused_ema import _safetensors
+from fused_ema import _safetensors, _tracking
 from fused_ema._format_errors import READ, FormatError
 from fused_ema.formats._files import load
 from fused_ema.formats._found import Format, Found
@@ -44,6 +45,59 @@ def _make(found: Found, model: Model | None) -> dict[str, Any]:
     }
 
 
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_ONLY = "-00001-of-00001"
+_BINS = ("diffusion_pytorch_model", "pytorch_model")
+
+
+def _variant_of(file: Path) -> str:
+    """The variant in the name of a file: ``fp16`` of ``x.fp16.bin``; "" of a plain one."""
+    # A variant stands before the number of a shard, and after it in older files.
+    stem, _, index = _SHARD.sub("", file.name).partition(".safetensors.index.")
+    if index:
+        return index.removesuffix("json").removesuffix(".")
+    return stem.removesuffix(file.suffix).partition(".")[2]
+
+
+def _weights_in(path: Path, variant: str | None) -> Path:
+    """The file of weights that diffusers loads from a folder: an index before what it names.
+
+    Raises:
+        FormatError: There is none of the variant, or not just one.
+    """
+    stored, bins = sorted(path.glob("*.safetensors")), sorted(path.glob("*.bin"))
+    shards = [file for file in stored if _SHARD.search(file.name) and _ONLY not in file.name]
+    if stored:  # Other files may end so, such as the state of an optimizer.
+        bins = [file for file in bins if file.name.partition(".")[0] in _BINS]
+    single = [file for file in stored if file not in shards]
+    kinds = (sorted(path.glob("*.safetensors.index*.json")), single, bins)
+    variants = {_variant_of(file) for files in (*kinds, shards) for file in files}
+    if variant is None:
+        variant = next(iter(variants)) if len(variants) == 1 else ""
+        if variants and variant not in variants:
+            raise FormatError(
+                f"{READ}: '{path}' has the variants {_tracking.shown(sorted(variants))} and no "
+                "plain weights; say which: variant= (--variant)"
+            )
+    for files in (*kinds, shards):
+        found = [file for file in files if _variant_of(file) == variant]
+        names = _tracking.shown([file.name for file in found])
+        if found and files is shards:
+            raise FormatError(
+                f"{READ}: '{path}' has shards without their index, *.safetensors.index.json: "
+                f"{names}"
+            )
+        if len(found) > 1:
+            raise FormatError(
+                f"{READ}: '{path}' has {len(found)} files of weights ({names}); keep one"
+            )
+        if found:
+            return found[0]
+    has = _tracking.shown([v or "plain" for v in sorted(variants)])
+    which = f"of the variant '{variant}'; it has: {has or 'none'}" if variant else "in it"
+    raise FormatError(f"{READ}: '{path}' has no weights {which}")
+
+
 def read_folder(path: Path, origin: Source) -> Found:
     """The folder of diffusers' ``EMAModel.save_pretrained``: a config and a model."""
     try:
@@ -58,19 +112,12 @@ def read_folder(path: Path, origin: Source) -> Found:
             f"{READ}: config.json of '{path}' has no 'optimization_step', so this is no folder of "
             "EMAModel.save_pretrained; its weights may be raw ones"
         )
-    files = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.safetensors"))
-    files = files or sorted(path.glob("*.bin"))
-    if len(files) != 1:
-        raise FormatError(f"{READ}: '{path}' has {len(files)} files of weights; keep one")
-    file = files[0]
-    if file.suffix == ".bin":
-        tensors = origin.named(load(file), file.name)
-    else:
-        tensors = origin.named(_safetensors.map_any(file)[0], file.name)
+    file = _weights_in(path, origin.variant)
+    tensors = load(file) if file.suffix == ".bin" else _safetensors.map_any(file)[0]
     step = whole(config["optimization_step"])
     return Found(
         "diffusers",
-        tensors,
+        origin.named(tensors, file.name),
         iteration=step,
         num_updates=step,
         momentum=momentum_of(config.get("decay")),
