@@ -114,6 +114,21 @@ def test_a_file_of_mmengine_that_doesnt_fit(trained):
         state.read({"state_dict": raw, "ema_state_dict": ema}, format="mmengine")
 
 
+def test_an_ema_state_dict_of_mmengine_alone(trained, tmp_path):
+    """It holds the raw weights there, and the average where somebody saved the wrapper."""
+    _, _, _, ema = trained
+    own = {"steps": torch.tensor(7), **within("module.", ema)}
+    for data in ({"ema_state_dict": own}, {"ema_state_dict": own, "model": ema}):
+        with pytest.raises(FormatError, match="there is no state_dict beside it"):
+            state.read(data)
+        with pytest.raises(FormatError, match=r"has names of the format 'mmengine'.*'steps'"):
+            state.read(data, key="ema_state_dict", format="state_dict")
+        found = state.read(data, key="ema_state_dict", prefix="module.", format="state_dict")
+        check(found, ema if "model" in data else {}, ema)
+    with pytest.raises(FormatError, match=r"has names of the format 'mmengine'.*'steps'"):
+        state.read(in_each_container(tmp_path, own)[2])
+
+
 def test_an_average_of_something_else(trained):
     _, _, raw, ema = trained
     other = {"other.weight": torch.zeros(2)}
@@ -165,6 +180,16 @@ def test_ema_pytorch_in_each_container(online, trained, tmp_path, capsys):
     found = state.read(out)
     check(found, {}, ema)
     assert found.iteration == 7
+
+
+def test_ema_pytorch_as_f5_tts_keeps_it(trained):
+    net, _, raw, ema = trained
+    own = COUNTERS | within("ema_model.", ema)
+    data = {"model_state_dict": raw, "ema_model_state_dict": own, "update": 9}
+    found = state.read(data, model=net)
+    check(found, raw, ema)
+    assert (found.format, found.raw_at) == ("ema_pytorch", "model_state_dict")
+    check(state.read({"ema_model_state_dict": own}), {}, ema)
 
 
 def test_other_formats_in_each_container(trained, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
 
 
-def holds_tensors(value: object) -> bool:
+def holds_tensors(value: object) -> TypeGuard[Mapping[str, Any]]:
     return isinstance(value, Mapping) and any(map(_is_tensor, value.values()))
 
 

@@ -30,7 +30,6 @@ def _is_mmengine(data: Mapping[str, Any], origin: Source) -> bool:
     saved = data.get("ema_state_dict")
     if not holds_tensors(data.get("state_dict")) or not holds_tensors(saved):
         return False
-    assert saved is not None
     if "n_averaged" in saved or not any(str(name).startswith("module.") for name in saved):
         return False
     meta = data.get("meta")
@@ -241,5 +240,5 @@ def _make_mmcv(found: Found, model: Model | None) -> dict[str, Any]:
     return {"meta": meta, "state_dict": {**own, **buffers, **main}}
 
 
-MMENGINE = Format("mmengine", _read_mmengine, _make_mmengine)
+MMENGINE = Format("mmengine", _read_mmengine, _make_mmengine, marks=("steps",))
 MMCV = Format("mmcv", _read_mmcv, _make_mmcv, is_last=True)

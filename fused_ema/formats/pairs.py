@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from fused_ema._format_errors import READ, FormatError
 from fused_ema.formats._found import Format, Found
 from fused_ema.formats._names import Model
 from fused_ema.formats._pairs import read_pair
-from fused_ema.formats._source import MODEL_KEYS, Source, holds_tensors
+from fused_ema.formats._source import MODEL_KEYS, Source, holds_tensors, shown_path
 from fused_ema.formats._writing import raw_of
 
 
@@ -44,6 +45,14 @@ def _read_ema_state_dict(data: Mapping[str, Any], origin: Source) -> Found | Non
     ema = data.get("ema_state_dict")
     if not holds_tensors(ema):
         return None
+    if "steps" in ema and any(str(name).startswith("module.") for name in ema):
+        # MMEngine keeps the average in the other one.
+        raise FormatError(
+            f"{READ}: ema_state_dict of {shown_path(origin.path)} has the names of a wrapper and "
+            "its counter, as MMEngine's has, but there is no state_dict beside it; if it is the "
+            "average all the same: key='ema_state_dict', prefix='module.', format='state_dict' "
+            "(--key, --prefix, --format)"
+        )
     keys = ("state_dict", *MODEL_KEYS)
     return read_pair("ema_state_dict", ema, "ema_state_dict", data, keys, origin)
 
