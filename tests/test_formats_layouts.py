@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from nets import assert_same, move
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fused_ema import EMAManager, _safetensors, state
+from fused_ema import EMAManager, _safetensors, formats, state
 from fused_ema.__main__ import main
 from fused_ema.formats import FormatError, Found
 
@@ -643,3 +645,29 @@ def test_variants_and_keys_have_their_place(trained, tmp_path):
         state.read(tmp_path / f"{STEM}.safetensors", variant="fp16")
     with pytest.raises(FormatError, match="is a folder, which has no key 'a'"):
         state.read(tmp_path, key="a")
+
+
+# ---- the package
+
+
+def test_formats_know_no_manager():
+    """Whoever loads a file into a manager is the manager's caller."""
+    above = {"manager", "plan", "ops", "state", "_slots", "_storage", "hooks"}
+    files = sorted(Path(formats.__file__).parent.glob("*.py"))
+    assert len(files) > 10
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name.name}" for name in node.names]
+            elif isinstance(node, ast.Import):
+                names = [name.name for name in node.names]
+            for name in names:
+                package, _, rest = name.partition(".")
+                assert package != "fused_ema" or rest.split(".")[0] not in above, (file, name)
+
+
+def test_the_table_has_every_format():
+    table = formats.__doc__.split("=====\n")[1]
+    named = [line.split("``")[1] for line in table.splitlines() if line.startswith("``")]
+    assert sorted(named) == sorted(formats.FORMATS)

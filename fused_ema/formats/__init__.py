@@ -10,18 +10,29 @@ What each format calls its own, and where it keeps the average:
 ``fused_ema``       :meth:`EMAManager.state_dict`, alone or under a key beside the model's own
 ``mmcv``            ``ema_a_b_c`` beside ``a.b.c`` in ``state_dict``; which is which depends on
                     when the file was saved (mmcv 1.x, MMDetection 2.x)
-``mmengine``        ``state_dict``; the raw weights are ``module.*`` of ``ema_state_dict``
+``mmengine``        ``state_dict``; the raw weights are ``module.*`` of ``ema_state_dict``, which
+                    has ``steps``
 ``averaged_model``  ``module.*`` with ``n_averaged`` (``torch.optim.swa_utils``)
 ``timm``            ``state_dict_ema`` beside ``state_dict``
+``deit``            ``model_ema`` beside ``model``
+``ema_state_dict``  that, beside ``state_dict``, where nothing says that the file is MMEngine's
 ``diffusers``       the folder of ``EMAModel.save_pretrained``, or its list ``shadow_params``
 ``torch_ema``       the list ``shadow_params``
-``ema_pytorch``     ``ema_model.*`` beside ``online_model.*``
+``ema_pytorch``     ``ema_model.*`` beside ``online_model.*``, with ``initted`` and ``step``
+``lit_ema``         ``model_ema.*`` beside ``model.*``, without the dots of its names
 ``lightning``       ``state_dict``; the raw weights are ``current_model_state``
 ``nemo``            a second file ``*-EMA.ckpt``, or ``ema`` in the state of the optimizer
 ``ultralytics``     ``ema``, once it is exported as a ``state_dict``
-``safetensors``     the only tensors there are
-``state_dict``      the same in a file of torch; never guessed, since it could be anything
+``rt_detr``         ``ema.module``, with ``ema.updates``, beside ``model``
+``dino``            ``teacher``, with names ``backbone.*``, beside ``student``
+``safetensors``     all of such a file, where its names tell of no other format
+``state_dict``      all there is, or what a key or prefix names; never guessed
 ==================  ==============================================================================
+
+The average of ``averaged_model``, ``ema_pytorch``, ``lit_ema``, ``diffusers`` or ``torch_ema`` may
+stand under any key, and that of the first three under any prefix of a module's names, as
+``self.ema`` of a LightningModule does. What a file holds doesn't depend on what contains it: a
+dictionary, a file of torch or of safetensors.
 """
 
 from __future__ import annotations
