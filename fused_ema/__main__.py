@@ -165,7 +165,7 @@ def _model_in(args: argparse.Namespace) -> Model | None:
         return None
     names: Names
     if _safetensors.is_safetensors(path):
-        names = _safetensors.map_file(path)[0]
+        names = _safetensors.map_any(path)[0]
     else:
         with path.open("rb") as file:
             is_binary = b"\0" in file.read(4096)

@@ -194,6 +194,36 @@ def test_ema_pytorch_as_f5_tts_keeps_it(trained):
     check(state.read({"ema_model_state_dict": own}), {}, ema)
 
 
+def test_shards_are_one_file(trained, tmp_path, capsys):
+    _, _, raw, ema = trained
+    own = COUNTERS | within("online_model.", raw) | within("ema_model.", ema)
+    index = "model.safetensors.index.json"
+    a_folder(tmp_path, shards("model", own), index)
+    found = state.read(tmp_path / index)
+    check(found, raw, ema)
+    assert (found.format, found.iteration) == ("ema_pytorch", 7)
+    # An index tells the names of a model, too.
+    (tmp_path / index).unlink()
+    a_folder(tmp_path, shards("names", ema), index)
+    torch.save({"mine": lit_ema_of(a_net(), ema)}, tmp_path / "x.pt")
+    words = ["convert", str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to", "state_dict"]
+    assert main([*words, "--model-names", str(tmp_path / index)]) == 0
+    averages = {name: ema[name] for name, _ in a_net().named_parameters()}
+    check(state.read(tmp_path / "out", format="state_dict"), {}, averages)
+    capsys.readouterr()
+
+
+def test_the_raw_weights_of_another_model(trained):
+    net, averaged, raw, ema = trained
+    other = {"other.weight": torch.zeros(2)}
+    for key in ("mine", "ema_state_dict"):
+        data = {key: averaged.state_dict(), "model": other}
+        found = state.read(data, model=net)
+        check(found, {}, ema)
+        assert found.raw_at == ""
+        check(state.read({**data, "net": raw}), raw, ema)
+
+
 def test_other_formats_in_each_container(trained, tmp_path):
     net, averaged, raw, ema = trained
     for source in in_each_container(tmp_path, averaged.state_dict()):

@@ -15,26 +15,36 @@ from fused_ema.formats._source import Source, holds_tensors, shown_path, whole
 def raw_beside(
     ema: Tensors, ema_at: str, data: Mapping[str, Any], keys: Sequence[str], origin: Source
 ) -> tuple[Tensors, str]:
-    """The weights that averages are of, under the first of the keys that holds tensors, and which.
+    """The weights that averages are of, and under which of the keys: one that has their names.
 
     Raises:
         FormatError: Their shapes differ.
     """
-    raw_at = next((key for key in keys if holds_tensors(data.get(key))), "")
-    raw = origin.named(data[raw_at], raw_at) if raw_at else {}
-    if raw_at and origin.prefix and not raw:  # The prefix is that of the averages alone.
-        raw = replace(origin, prefix="").named(data[raw_at], raw_at)
+    for raw_at in keys:
+        if not holds_tensors(data.get(raw_at)):
+            continue
+        raw = origin.named(data[raw_at], raw_at)
+        if origin.prefix and not raw:  # The prefix is that of the averages alone.
+            raw = replace(origin, prefix="").named(data[raw_at], raw_at)
+        if ema.keys() & raw.keys():
+            _check_shapes(ema, ema_at, raw, raw_at, origin)
+            return raw, raw_at
+    return {}, ""
+
+
+def _check_shapes(ema: Tensors, ema_at: str, raw: Tensors, raw_at: str, origin: Source) -> None:
     known = {} if origin.model is None else origin.model.names
     # An average that doesn't fit the model is refused for that.
     wrong = [
-        f"'{n}' has shape {list(t.shape)} in {ema_at} but {list(raw[n].shape)} in {raw_at}"
-        for n, t in ema.items()
-        if n in raw and raw[n].shape != t.shape and known.get(n) in (None, t.shape)
+        f"'{name}' has shape {list(tensor.shape)} in {ema_at} but {list(raw[name].shape)} in "
+        f"{raw_at}"
+        for name, tensor in ema.items()
+        if name in raw
+        and raw[name].shape != tensor.shape
+        and known.get(name) in (None, tensor.shape)
     ]
     if wrong:
         refuse(f"{READ}: {ema_at} of {shown_path(origin.path)} is no average of {raw_at}", wrong)
-    # Without a name in common they are the weights of something else.
-    return (raw, raw_at) if ema.keys() & raw.keys() else ({}, "")
 
 
 def read_pair(
@@ -45,7 +55,7 @@ def read_pair(
     raw_keys: Sequence[str],
     origin: Source,
 ) -> Found:
-    """The average, and the weights that it is of, under the first of the keys that holds tensors.
+    """The average, and the weights that it is of, under one of the keys.
 
     Raises:
         FormatError: Their shapes differ.

@@ -12,7 +12,15 @@ from fused_ema import _tracking
 from fused_ema._format_errors import READ, FormatError
 from fused_ema.formats._found import Format, Found
 from fused_ema.formats._names import Tensors, own_names
-from fused_ema.formats._source import Source, key_beside, parts, shown_path, weights_beside
+from fused_ema.formats._pairs import raw_beside
+from fused_ema.formats._source import (
+    MODEL_KEYS,
+    Source,
+    key_beside,
+    parts,
+    shown_path,
+    weights_beside,
+)
 
 
 def find(data: Mapping[str, Any], origin: Source, formats: Sequence[Format]) -> Found | None:
@@ -73,10 +81,13 @@ def _read_at(
     inner = known.read(value, replace(origin, beside=data[other] if other else {}))
     if inner is None:
         return None
+    at = f"{key}.{inner.ema_at}"
     raw, raw_at = inner.raw, f"{key}.{inner.raw_at}"
-    if not raw:
+    if not raw and known.counters:
+        raw, raw_at = raw_beside(inner.ema, at, data, [k for k in MODEL_KEYS if k != key], origin)
+    elif not raw:  # A list may have no names to compare.
         raw, raw_at = weights_beside(data, key, origin)
-    return replace(inner, raw=raw, ema_at=f"{key}.{inner.ema_at}", raw_at=raw_at)
+    return replace(inner, raw=raw, ema_at=at, raw_at=raw_at)
 
 
 def _read_in_module(
