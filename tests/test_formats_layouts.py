@@ -558,10 +558,44 @@ def test_a_key_that_doesnt_serve(trained, tmp_path):
 
 
 def test_a_state_dict_that_holds_more_than_the_average(trained):
-    _, averaged, raw, _ = trained
+    _, averaged, raw, ema = trained
     weights = {"state_dict": within("net.", raw) | within("avg.", averaged.state_dict())}
-    with pytest.raises(FormatError, match="has names of the format 'averaged_model'"):
+    with pytest.raises(FormatError, match=r"has its average in state_dict\.avg\.module\.\*"):
         state.read(weights, format="state_dict")
+    check(state.read(weights, format="state_dict", prefix="avg.module."), {}, ema)
+    with pytest.raises(FormatError, match="has its average in"):
+        state.read(weights, format="state_dict", prefix="net.")
+
+
+def test_a_state_dict_beside_the_average(trained, tmp_path):
+    _, averaged, raw, ema = trained
+    for key, own in (
+        ("state_dict_ema", ema),
+        ("ema_state_dict", ema),
+        ("a", averaged.state_dict()),
+    ):
+        data = {"state_dict": raw, key: own}
+        with pytest.raises(FormatError, match=rf"has its average in {key}.*key= \(--key\)"):
+            state.read(data, format="state_dict")
+        # The caller may know better.
+        check(state.read(data, format="state_dict", key="state_dict"), {}, raw)
+    flat = {f"ema_{name.replace('.', '_')}": tensor for name, tensor in ema.items()}
+    for source in in_each_container(tmp_path, raw | flat):
+        with pytest.raises(FormatError, match="main='ema' or main='raw'"):
+            state.read(source, format="state_dict")
+        with pytest.raises(FormatError, match="has its average in the whole file 'ema_"):
+            state.read(source, format="state_dict", main="raw")
+    # Where it is the average, it is one.
+    torch.save({"state_dict": raw}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": ema}, tmp_path / "last-EMA.ckpt")
+    check(state.read(tmp_path / "last-EMA.ckpt", format="state_dict"), {}, ema)
+    with pytest.raises(FormatError, match=r"its average in state_dict of last-EMA\.ckpt"):
+        state.read(tmp_path / "last.ckpt", format="state_dict")
+    data = {"state_dict": ema, "current_model_state": raw, "averaging_state": {}}
+    check(state.read(data, format="state_dict"), {}, ema)
+    steps = {"steps": torch.tensor(7)}
+    data = {"state_dict": ema, "ema_state_dict": steps | within("module.", raw)}
+    check(state.read(data, format="state_dict"), {}, ema)
 
 
 def test_a_prefix_that_has_both(trained):

@@ -225,6 +225,7 @@ def _find(data: Mapping[str, Any], origin: Source) -> Found:
     if found is None:
         raise _unknown(data, origin)
     if found.format in _PLAIN and not plain.says_average(origin):
+        _refuse_others(data, found, origin)
         _refuse_marks(found, origin)
     return found
 
@@ -254,6 +255,32 @@ def _unknown(data: Mapping[str, Any], origin: Source) -> FormatError:
         "if a part of it is, say which as well: key= (--key) for a value of the dictionary, "
         "prefix= (--prefix) for names that begin alike"
     )
+
+
+def _refuse_others(data: Mapping[str, Any], found: Found, origin: Source) -> None:
+    """That a dictionary which the caller takes for the average as a whole has none elsewhere."""
+    if origin.format is None:  # All others have been asked.
+        return
+    listed = replace(origin, numbered=True)
+    others = [k for k in _ALL if k.name not in _PLAIN and k is not openmmlab.MMCV]
+    try:
+        other = next((f for f in _answers(data, listed, others) if f is not None), None)
+    except FormatError:
+        if found.ema_at != plain.WHOLE:
+            raise
+        other = None  # Of a file that has nothing else the names are asked, once for all formats.
+    other = other or openmmlab.MMCV.read(data, listed)  # Whose names have no marks.
+    if other is None or not other.ema:
+        return
+    is_same = other.ema.keys() == found.ema.keys() and all(
+        other.ema[name].data_ptr() == tensor.data_ptr() for name, tensor in found.ema.items()
+    )
+    if not is_same:
+        raise FormatError(
+            f"{READ}: {shown_path(origin.path)} has its average in {other.ema_at}, where the "
+            f"format '{other.format}' keeps it: leave the format '{origin.format}' out, or say "
+            "what is the average: key= (--key)"
+        )
 
 
 def _refuse_marks(found: Found, origin: Source) -> None:
