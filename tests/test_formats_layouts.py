@@ -411,6 +411,9 @@ def test_a_teacher_that_is_no_average(trained, tmp_path):
         with pytest.raises(FormatError, match=r"no average in a known|format 'dino'"):
             state.read(source)
         check(state.read(source, format="dino"), raw, ema)
+    # Distillation from a larger network, beside an average.
+    larger = {"teacher": {"0.weight": torch.ones(9, 9)}, "student": raw}
+    check(state.read({"kd": larger, "state_dict": raw, "state_dict_ema": ema}), raw, ema)
     teacher = within("backbone.", ema)
     with pytest.raises(FormatError, match=r"no average of student, which has no 'backbone\.0\.w"):
         state.read({"teacher": teacher, "student": {"other": torch.ones(1)}})

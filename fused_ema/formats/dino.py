@@ -18,14 +18,16 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
     both = {key: data.get(key) for key in ("teacher", "student")}
     if not any(map(holds_tensors, both.values())):  # DINOv2 keeps them in one state_dict.
         both = {key: parts(data, f"{key}.") for key in both}
-    if not holds_tensors(both["teacher"]):
+    teacher = both["teacher"]
+    if not holds_tensors(teacher):
+        return None
+    has_backbone = any(str(n).removeprefix("module.").startswith(_BACKBONE) for n in teacher)
+    if not has_backbone and origin.format != "dino":  # Of others it may be a network to learn from.
         return None
     both["epoch"] = data.get("epoch")
     unstripped = replace(origin, prefix="")
-    found = read_pair("dino", both["teacher"], "teacher", both, ("student",), unstripped)
+    found = read_pair("dino", teacher, "teacher", both, ("student",), unstripped)
     backbone = [name for name in found.ema if name.startswith(_BACKBONE)]
-    if not backbone and origin.format != "dino":  # Of anything else a teacher may be a network.
-        return None
     other = [name for name in backbone if name not in found.raw]
     if holds_tensors(both["student"]) and other:
         raise FormatError(
