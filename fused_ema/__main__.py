@@ -18,6 +18,9 @@ from torch import Tensor
 from fused_ema import _safetensors, formats
 from fused_ema._foreach import dtype_name
 from fused_ema._version import __version__
+from fused_ema.formats._files import load
+from fused_ema.formats._names import Model, Names, model_of
+from fused_ema.formats._source import Source, tensors_of
 
 _BAD_INPUT = 2
 
@@ -136,42 +139,53 @@ def describe(path: Path, found: formats.Found) -> list[str]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    found = formats._read(
-        args.file, _model_in(args), args.format, args.main, args.prefix, numbered=True
-    )
+    found = formats._read(args.file, _source(args.file, args, numbered=True))
     print("\n".join(describe(args.file, found)))
 
 
 # ---- convert
 
 
-def _model_in(args: argparse.Namespace) -> formats._Model | None:
+def _source(path: Path, args: argparse.Namespace, numbered: bool) -> Source:
+    return Source(
+        path,
+        _model_in(args),
+        args.prefix,
+        args.main,
+        numbered,
+        args.format,
+        key=args.key,
+        variant=args.variant,
+    )
+
+
+def _model_in(args: argparse.Namespace) -> Model | None:
     path: Path | None = args.model_names
     if path is None:
         return None
-    names: formats.Names
+    names: Names
     if _safetensors.is_safetensors(path):
-        names = _safetensors.map_file(path)[0]
+        names = _safetensors.map_any(path)[0]
     else:
         with path.open("rb") as file:
             is_binary = b"\0" in file.read(4096)
         if is_binary:
-            data = formats._load(path)
+            data = load(path)
             inner = data.get("state_dict", data)
-            names = formats._tensors(inner, f"'{path}'")
+            names = tensors_of(inner, f"'{path}'")
         else:
             lines = path.read_text(encoding="utf-8").splitlines()
             names = [line.strip() for line in lines if line.strip()]
     if not names:
         raise formats.FormatError(f"--model-names: '{path}' has no names")
-    return formats._model_of(names, "--model-names")
+    return model_of(names, "--model-names")
 
 
 def _convert(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():
         raise formats.FormatError(f"'{args.output.parent}' is no folder")
-    model = _model_in(args)
-    found = formats._read(args.input, model, args.format, args.main, args.prefix, numbered=False)
+    origin = _source(args.input, args, numbered=False)
+    found = formats._read(args.input, origin)
     given = {
         key: value for key in ("iteration", "momentum") if (value := getattr(args, key)) is not None
     }
@@ -179,7 +193,7 @@ def _convert(args: argparse.Namespace) -> None:
         given["num_updates"] = args.iteration
     found = replace(found, **given)
     with Progress(f"writing {args.output.name}") as progress:
-        formats._write(args.output, found, args.to, model, progress, release=True)
+        formats._write(args.output, found, args.to, origin.model, progress, release=True)
     size = _size(os.stat(args.output).st_size)
     print(f"wrote {args.output}: {args.to} of {len(found.ema):,} averages, {size}")
 
@@ -216,7 +230,9 @@ def make_parser() -> argparse.ArgumentParser:
     add = shared.add_argument
     add("--format", choices=formats.FORMATS, metavar="FORMAT", help="instead of recognising it")
     add("--main", choices=("ema", "raw"), help="mmcv: what the model's own names hold in the file")
+    add("--key", default="", help="read what is under this key; a.b within keys, a.0 in a list")
     add("--prefix", default="", help="take only names that begin so, without it")
+    add("--variant", help="a folder of diffusers: which of its weights, such as fp16")
     add(
         "--model-names",
         type=Path,

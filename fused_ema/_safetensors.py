@@ -41,12 +41,19 @@ _DTYPES = {
 
 
 def is_safetensors(path: Path) -> bool:
-    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+    # The index of a variant has its name before the ending: x.safetensors.index.fp16.json.
+    is_index = path.suffix == ".json" and ".safetensors.index." in path.name
+    if path.suffix == ".safetensors" or is_index:
         return True
     with path.open("rb") as file:
         start = file.read(9)
     # A zip begins with PK, a pickle with 0x80.
     return len(start) == 9 and start[8:] == b"{" and start[:2] != b"PK"
+
+
+def map_any(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A safetensors file, or the shards that an index names: :func:`map_file`."""
+    return map_shards(path) if path.suffix == ".json" else map_file(path)
 
 
 def map_shards(index: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -221,6 +228,3 @@ def _release(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
         return
     libc = ctypes.CDLL(None)
     libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
-
-
-# ---- what is written, one a format

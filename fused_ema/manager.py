@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _checks, _slots, _storage, _tracking, state
+from fused_ema import _checks, _slots, _state, _storage, _tracking
 from fused_ema._foreach import check_form, dtype_name
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -530,7 +530,7 @@ class EMAManager:
         raw = {}
         if self._is_swapped:
             raw = tracked.by_name(lambda i: self._aside.get(i, tracked.slots[i].ema))
-        return state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
+        return _state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes over a state, before or after the model loads its own.
@@ -556,12 +556,12 @@ class EMAManager:
         tracked.check_geometry("load_state_dict")
         slots = tracked.slots
         expected = {
-            member.name: state.Expected(member.tensor.shape, slot.ema.dtype, slot.param.dtype)
+            member.name: _state.Expected(member.tensor.shape, slot.ema.dtype, slot.param.dtype)
             for slot in slots
             for member in slot.members
         }
         tied = [[member.name for member in slot.members] for slot in slots]
-        loaded = state.unpack(state_dict, expected, tied)
+        loaded = _state.unpack(state_dict, expected, tied)
         aside: dict[int, Tensor] = {}
         if loaded.is_swapped:
             # All of it aside: so it doesn't matter what the model holds until it is swapped back.

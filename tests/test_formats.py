@@ -73,6 +73,19 @@ def made(name, raw, ema, model):
         return {"n_averaged": torch.tensor(UPDATES), **{f"module.{k}": v for k, v in ema.items()}}
     if name == "timm":
         return {"epoch": EPOCH, "arch": "net", "state_dict": raw, "state_dict_ema": ema}
+    if name == "ema_state_dict":
+        return {"epoch": EPOCH, "best_acc1": 0.5, "state_dict": raw, "ema_state_dict": ema}
+    if name == "deit":
+        return {"epoch": EPOCH - 1, "model": raw, "model_ema": ema, "optimizer": {}}
+    if name == "rt_detr":
+        return {"last_epoch": EPOCH - 1, "model": raw, "ema": {"module": ema, "updates": UPDATES}}
+    if name == "dino":
+        parts = {"teacher": ema, "student": raw}
+        return {key: {f"backbone.{k}": v for k, v in own.items()} for key, own in parts.items()}
+    if name == "lit_ema":
+        own = {n.replace(".", ""): ema[n] for n, _ in model.named_parameters()}
+        own |= {"decay": torch.tensor(DECAY), "num_updates": torch.tensor(UPDATES)}
+        return {"model": raw, "mine": own}
     if name == "diffusers":
         listed = parameters_of(model, ema)
         own = {"min_decay": 0.0, "update_after_step": 0, "use_ema_warmup": False}
@@ -99,6 +112,8 @@ def made(name, raw, ema, model):
 
 
 LISTS = ("diffusers", "torch_ema", "nemo")
+PARAMETERS = (*LISTS, "lit_ema")  # Which have no buffers.
+PAIRS = ("timm", "deit", "dino", "ema_state_dict")  # Which record no more than the epoch.
 MADE = [name for name in FORMATS if name != "safetensors"]
 
 
@@ -111,25 +126,25 @@ def test_every_format_is_read(name, dtype, tmp_path):
     data = made(name, raw, ema, model)
     torch.save(data, file)
     wanted = dict(ema)
-    if name in LISTS:
+    if name in PARAMETERS:
         wanted = {n: ema[n] for n in ema if n not in buffers_of(model)}
-    has_raw = name in ("fused_ema", "mmcv", "mmengine", "timm", "ema_pytorch", "lightning", "nemo")
+    has_raw = name not in ("averaged_model", "diffusers", "torch_ema", "ultralytics", "state_dict")
     for source in (file, str(file), data):
         chosen = name if name == "state_dict" else None
         found = state.read(source, model=model, format=chosen)
         assert found.format == name
         assert found.ema.keys() == wanted.keys()
         assert_same({n: found.ema[n] for n in wanted}, wanted)
-        if name not in LISTS:  # Lists have the order of named_parameters().
+        if name not in PARAMETERS:  # They have the order of named_parameters().
             assert list(found.ema) == list(wanted)
         assert_same(found.raw, raw if has_raw else {})
-        steps = ("averaged_model", "ultralytics", "timm", "state_dict")
-        in_updates = name in ("diffusers", "torch_ema")
+        steps = ("averaged_model", "ultralytics", "rt_detr", *PAIRS, "state_dict")
+        in_updates = name in ("diffusers", "torch_ema", "lit_ema")
         assert found.iteration == (None if name in steps else UPDATES if in_updates else STEP)
-        silent = ("mmcv", "timm", "ema_pytorch", "state_dict")
+        silent = ("mmcv", "ema_pytorch", *PAIRS, "state_dict")
         updates = STEP if name == "nemo" else UPDATES
         assert found.num_updates == (None if name in silent else updates)
-        assert found.momentum == (1 - DECAY if name in LISTS else None)
+        assert found.momentum == (1 - DECAY if name in PARAMETERS else None)
         assert_same(found.averaged_model(), {**found.raw, **found.ema})
 
 
@@ -540,12 +555,12 @@ def test_states_of_the_future_and_cut_ones():
 # ---- a manager goes on
 
 
-@pytest.mark.parametrize("name", [name for name in MADE if name not in ("timm", "state_dict")])
+@pytest.mark.parametrize("name", [name for name in MADE if name not in (*PAIRS, "state_dict")])
 def test_a_manager_goes_on(name):
     model = a_model()
     raw, ema = both(model)
     found = state.read(made(name, raw, ema, model), model=model)
-    manager = EMAManager(model, 0.25, skip_buffers=name in LISTS)
+    manager = EMAManager(model, 0.25, skip_buffers=name in PARAMETERS)
     before = values_of(model)
     state.load_into(manager, found)
     averages = dict(manager.named_emas())

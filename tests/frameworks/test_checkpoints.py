@@ -415,22 +415,23 @@ def test_diffusers(dtype, tmp_path):
     assert (again.optimization_step, again.decay) == (4, 1 - M)
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("shards", [False, True])
-def test_diffusers_folder(shards, tmp_path, monkeypatch):
+def test_diffusers_folder(shards, variant, tmp_path, monkeypatch):
     model = Tiny()
     ema = EMAModel(model.parameters(), decay=1 - M, model_cls=Tiny, model_config=model.config)
     for step in range(2):
         move(model, step)
         ema.step(model.parameters())
     averages = dict(zip(parameters_of(model), ema.shadow_params, strict=True))
-    if shards:
-        saved = ModelMixin.save_pretrained
-        monkeypatch.setattr(
-            ModelMixin, "save_pretrained", lambda m, path: saved(m, path, max_shard_size=200)
-        )
+    saved = ModelMixin.save_pretrained
+    options = {"variant": variant, **({"max_shard_size": 200} if shards else {})}
+    monkeypatch.setattr(ModelMixin, "save_pretrained", lambda m, path: saved(m, path, **options))
     ema.save_pretrained(str(tmp_path))
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 + shards or shards
-    found = state.read(tmp_path, model=model)
+    found = state.read(tmp_path, model=model, variant=variant)
+    assert (f".{variant}." in found.ema_at) == (variant is not None)
+    assert_same(found.ema, state.read(tmp_path, model=model).ema)
     assert (found.format, found.iteration, found.momentum) == ("diffusers", 2, M)
     assert_same({n: found.ema[n] for n in averages}, averages)
 
@@ -473,6 +474,12 @@ def test_ema_pytorch(online, dtype, tmp_path):
     assert (found.format, found.iteration) == ("ema_pytorch", 4)
     assert_same(found.ema, ema.ema_model.state_dict())
     assert_same(found.raw, model.state_dict() if online else {})
+    own = {name: tensor.contiguous() for name, tensor in ema.state_dict().items()}
+    safetensors.torch.save_file(own, tmp_path / "x.safetensors")
+    stored = state.read(tmp_path / "x.safetensors", model=model)
+    assert (stored.format, stored.iteration) == ("ema_pytorch", 4)
+    assert_same_values(stored.ema, found.ema)
+    assert_same_values(stored.raw, found.raw)
     state.write(tmp_path / "y", found, "ema_pytorch")
     assert_same(torch.load(tmp_path / "y", weights_only=True), ema.state_dict())
     again = ema_pytorch.EMA(untied(dtype), include_online_model=online, **options)

@@ -1,0 +1,202 @@
+"""The state of an EMAManager as a dictionary: what is in it, and whether one fits a model.
+
+- ``version``: of this layout, 1;
+- ``iteration``: the iteration that comes next;
+- ``num_updates``: averaging updates so far;
+- ``is_swapped``: whether the model itself held the ema when the state was taken;
+- ``ema``: name to the average, in every state;
+- ``raw``: name to the model's own values while swapped, else empty;
+- ``ema_dtypes``: name to the dtype of the average, as ``"float32"``.
+
+Names are those of the model without wrappers; a tied tensor stands under each of its names. The
+settings of a manager (momentum, interval, ...) are not in its state: a resumed run follows those it
+is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_ema._foreach import dtype_name
+
+VERSION = 1
+
+VERSION_KEY = "version"
+ITERATION_KEY = "iteration"
+NUM_UPDATES_KEY = "num_updates"
+IS_SWAPPED_KEY = "is_swapped"
+EMA_KEY = "ema"
+RAW_KEY = "raw"
+EMA_DTYPES_KEY = "ema_dtypes"
+
+_KEYS = (
+    *(VERSION_KEY, ITERATION_KEY, NUM_UPDATES_KEY, IS_SWAPPED_KEY),
+    *(EMA_KEY, RAW_KEY, EMA_DTYPES_KEY),
+)
+_TITLE = "fused_ema.EMAManager.load_state_dict"
+
+
+@dataclass(frozen=True)
+class State:
+    """A state whose parts have been checked against a model."""
+
+    iteration: int
+    num_updates: int
+    is_swapped: bool
+    ema: Mapping[str, Tensor]
+    raw: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a model's tensor of some name must find in a state."""
+
+    shape: torch.Size
+    ema_dtype: torch.dtype
+    param_dtype: torch.dtype
+
+
+def pack(
+    iteration: int,
+    num_updates: int,
+    ema: dict[str, Tensor],
+    raw: dict[str, Tensor],
+    is_swapped: bool,
+) -> dict[str, Any]:
+    """A state as a dictionary, of the tensors themselves."""
+    return {
+        VERSION_KEY: VERSION,
+        ITERATION_KEY: iteration,
+        NUM_UPDATES_KEY: num_updates,
+        IS_SWAPPED_KEY: is_swapped,
+        EMA_KEY: ema,
+        RAW_KEY: raw,
+        EMA_DTYPES_KEY: {name: dtype_name(tensor.dtype) for name, tensor in ema.items()},
+    }
+
+
+def unpack(
+    state: Mapping[str, Any], expected: Mapping[str, Expected], tied: Sequence[Sequence[str]]
+) -> State:
+    """Checks a state against a model.
+
+    Args:
+        state: What :func:`pack` made, perhaps saved and loaded since.
+        expected: Name to what must be there.
+        tied: Names that are one tensor in the model.
+
+    Raises:
+        TypeError: The state is no dictionary.
+        ValueError: A version that is not this one's, or anything that doesn't fit: one error with
+            a line for each.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"{_TITLE}: the state is a {type(state).__name__}; pass what state_dict() returned"
+        )
+    version = state.get(VERSION_KEY)
+    if not isinstance(version, int) or not _is_count(version) or version == 0:
+        raise ValueError(
+            f"{_TITLE}: '{VERSION_KEY}' is {version!r}, with the keys "
+            f"{sorted(map(str, state))[:8]}; that is no state of an EMAManager"
+        )
+    if version > VERSION:
+        raise ValueError(
+            f"{_TITLE}: the state has version {version} but this fused_ema reads up to {VERSION}; "
+            "update fused_ema"
+        )
+    problems = [
+        f"the key '{key}' is missing (a truncated state?)" for key in _KEYS if key not in state
+    ]
+    problems += [f"unknown key '{key}'" for key in state if key not in _KEYS]
+    for key in (ITERATION_KEY, NUM_UPDATES_KEY):
+        if key in state and not _is_count(state[key]):
+            problems.append(f"'{key}' is {state[key]!r}, not a whole number from 0")
+    if not isinstance(state.get(IS_SWAPPED_KEY, False), bool):
+        problems.append(f"'{IS_SWAPPED_KEY}' is {state[IS_SWAPPED_KEY]!r}, not a bool")
+    for key in (EMA_KEY, RAW_KEY, EMA_DTYPES_KEY):
+        if not isinstance(state.get(key, {}), Mapping):
+            problems.append(f"'{key}' is a {type(state[key]).__name__}, not a dictionary")
+    if not problems:
+        problems += _check_tensors(state, expected, tied)
+    if problems:
+        raise ValueError(
+            f"{_TITLE}: the state doesn't fit this model; nothing was changed:\n  "
+            + "\n  ".join(problems)
+        )
+    return State(
+        state[ITERATION_KEY],
+        state[NUM_UPDATES_KEY],
+        state[IS_SWAPPED_KEY],
+        state[EMA_KEY],
+        state[RAW_KEY],
+    )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_tensors(
+    state: Mapping[str, Any], expected: Mapping[str, Expected], tied: Sequence[Sequence[str]]
+) -> list[str]:
+    problems: list[str] = []
+    is_swapped = state[IS_SWAPPED_KEY]
+    dtypes = state[EMA_DTYPES_KEY]
+    for key in (EMA_KEY, RAW_KEY) if is_swapped else (EMA_KEY,):
+        tensors = state[key]
+        problems += [f"missing in '{key}': '{n}'" for n in expected if n not in tensors]
+        problems += [f"surplus in '{key}': '{n}'" for n in tensors if n not in expected]
+        sound = []
+        for name, wanted in expected.items():
+            if name not in tensors:
+                continue
+            dtype = wanted.ema_dtype if key == EMA_KEY else wanted.param_dtype
+            wrong = _check_tensor(tensors[name], wanted.shape, dtype)
+            if not wrong and key == EMA_KEY and dtypes.get(name) != dtype_name(tensors[name].dtype):
+                wrong = (
+                    f"is {dtype_name(tensors[name].dtype)} but was saved as {dtypes.get(name)}; "
+                    "something has converted it since"
+                )
+            if wrong:
+                problems.append(f"'{name}' in '{key}' {wrong}")
+            else:
+                sound.append(name)
+        for names in tied:
+            first, *others = names
+            for name in others:
+                if {first, name} <= set(sound) and not _same_values(tensors[first], tensors[name]):
+                    problems.append(
+                        f"'{first}' and '{name}' differ in '{key}' but are one tensor in the model"
+                    )
+    if not is_swapped and state[RAW_KEY]:
+        problems.append(f"'{RAW_KEY}' holds {len(state[RAW_KEY])} tensors of a model not swapped")
+    return problems
+
+
+def _check_tensor(tensor: object, shape: torch.Size, dtype: torch.dtype) -> str:
+    if not isinstance(tensor, Tensor):
+        return f"is a {type(tensor).__name__}, not a tensor"
+    if tensor.shape != shape:
+        return f"has shape {list(tensor.shape)} but the model's has {list(shape)}"
+    same_kind = tensor.dtype.is_floating_point == dtype.is_floating_point
+    if not same_kind or torch.promote_types(tensor.dtype, dtype) != dtype:
+        return (
+            f"is {dtype_name(tensor.dtype)} but is kept as {dtype_name(dtype)} here, which can't "
+            "hold all its values; make the manager with the ema_dtype it was saved with"
+        )
+    return ""
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:  # One is a transposed view of the other; the first is what counts.
+        return True
+    if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True
+    a, b = a.cpu(), b.cpu()
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
