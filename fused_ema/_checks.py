@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import warnings
 from collections.abc import Sequence
 
 
@@ -40,6 +41,27 @@ def momentum(where: str, value: float) -> float:
     return checked
 
 
+def decay_given(where: str, decay: object) -> str:
+    """What is wrong with a decay, and the momentum that it is."""
+    value = f"{1 - decay:.12g}" if isinstance(decay, (int, float)) else "1 - decay"
+    return (
+        f"fused_ema.{where}: there is no decay={decay} here; pass momentum={value}, the weight of "
+        "the new value, which is 1 - decay"
+    )
+
+
+def warn_of_decay(where: str, momentum: float, stacklevel: int) -> None:
+    """Warns of a constant momentum that averages next to nothing: above 0.5, but for a copy's 1."""
+    if 0.5 < momentum < 1:
+        warnings.warn(
+            f"fused_ema.{where}: momentum is {momentum}, so each update takes {momentum:.4g} of "
+            f"the new value and keeps {1 - momentum:.4g} of the average; if it is a decay, pass "
+            f"momentum={1 - momentum:.12g}",
+            UserWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
 def positive(where: str, name: str, value: float) -> float:
     """A finite number above 0."""
     checked = number(where, name, value)
@@ -61,6 +83,16 @@ def count(where: str, name: str, value: int, least: int) -> int:
             f"fused_ema.{where}: {name} is {value!r}; it must be a whole number from {least}"
         )
     return checked
+
+
+_MOST_LINES = 20
+
+
+def listed(lines: Sequence[str]) -> list[str]:
+    """Lines of an error message; of many, the first and how many more there are."""
+    if len(lines) <= _MOST_LINES:
+        return list(lines)
+    return [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES:,} more"]
 
 
 def patterns(where: str, name: str, value: str | Sequence[str]) -> tuple[str, ...]:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from fused_ema import _storage
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name
-from fused_ema._tracking import Member, Tree, group_tied
+from fused_ema._tracking import Buffers, Member, Tree, group_tied
 from fused_ema.plan import Plan
 
 Kind = Literal["average", "copy", "keep"]
 """Averaged; copied at every update; or kept as it was first cloned."""
+
+_DONE = {"average": "averaged", "copy": "copied", "keep": "kept as first cloned"}
 
 _NARROW = (torch.bfloat16, torch.float16)
 
@@ -28,6 +30,7 @@ class Slot:
     Attributes:
         members: The model's tensors that are this memory; the first stands for all.
         kind: What an update does with it.
+        reason: Why, for a reader.
         ema: In the param's strides.
         stage: Where the ema is on another device: room for the param's values there.
         param_device: Where the param was when the ema was made.
@@ -35,6 +38,7 @@ class Slot:
 
     members: tuple[Member, ...]
     kind: Kind
+    reason: str
     ema: Tensor
     stage: Tensor | None
     param_device: torch.device
@@ -48,6 +52,16 @@ class Slot:
     def param(self) -> Tensor:
         """The model's tensor."""
         return self.members[0].tensor
+
+    @cached_property
+    def shown_ema(self) -> Tensor:
+        """The ema as users get it: it saves at its own size."""
+        return _storage.with_own_storage(self.ema)
+
+    @property
+    def treatment(self) -> str:
+        """What an update does with it, and why."""
+        return f"{_DONE[self.kind]}: {self.reason}"
 
     @property
     def source(self) -> Tensor:
@@ -163,12 +177,12 @@ class Policy:
         ema_dtype: Of averaged tensors; "param" for the param's; None for float32 where
             the param is bfloat16 or float16, and the param's elsewhere.
         device: Of all emas; None for the param's.
-        copy_buffers: Whether buffers are copied instead of averaged.
+        buffers: What becomes of each buffer.
     """
 
     ema_dtype: torch.dtype | Literal["param"] | None
     device: torch.device | None
-    copy_buffers: bool
+    buffers: Buffers
 
     def __post_init__(self) -> None:
         known = sorted({dtype_name(ema) for ema, _ in DTYPE_PAIRS})
@@ -183,10 +197,23 @@ class Policy:
 
     def track(self, tree: Tree, members: Sequence[Member]) -> Tracked:
         """Slots for these members, with emas that are clones of the params."""
+        for member in members:
+            check_memory("", member)
         groups = group_tied(members)
-        kinds = [self._kind_of(group[0]) for group in groups]
-        dtypes = [self._dtype_of(group[0], kind) for group, kind in zip(groups, kinds, strict=True)]
         params = [group[0].tensor for group in groups]
+        decided = [self._kind_of(group[0]) for group in groups]
+        averaged = [
+            i
+            for i, (group, (kind, _)) in enumerate(zip(groups, decided, strict=True))
+            if kind == "average" and group[0].is_buffer
+        ]
+        # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
+        finite = _storage.are_finite([params[i] for i in averaged])
+        for i, is_finite in zip(averaged, finite, strict=True):
+            if not is_finite:
+                decided[i] = "copy", "not finite when the manager was made"
+        kinds = [kind for kind, _ in decided]
+        dtypes = [self._dtype_of(group[0], kind) for group, kind in zip(groups, kinds, strict=True)]
         devices = [self.device or param.device for param in params]
         emas = _storage.allocate(params, dtypes, devices)
         away = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
@@ -195,24 +222,36 @@ class Policy:
         )
         stage_of = dict(zip(away, stages, strict=True))
         slots = [
-            Slot(tuple(group), kind, ema, stage_of.get(i), group[0].tensor.device)
-            for i, (group, kind, ema) in enumerate(zip(groups, kinds, emas, strict=True))
+            Slot(tuple(group), *decided[i], emas[i], stage_of.get(i), params[i].device)
+            for i, group in enumerate(groups)
         ]
         tracked = Tracked(tree, members, slots)
         tracked.plan  # noqa: B018  (now, so that what can't be averaged is an error at once)
         _storage.copy(emas, params)
         return tracked
 
-    def _kind_of(self, member: Member) -> Kind:
-        if member.is_buffer and self.copy_buffers:
-            return "copy"
-        if member.tensor.is_complex() and not member.is_buffer:
-            raise TypeError(
-                f"fused_ema.EMAManager: '{member.name}' is {member.tensor.dtype}, and complex "
-                "parameters can't be averaged; keep it as torch.view_as_real of it, or leave it "
-                "out with exclude="
-            )
-        return "average" if member.tensor.is_floating_point() else "keep"
+    def _kind_of(self, member: Member) -> tuple[Kind, str]:
+        dtype = member.tensor.dtype
+        if not member.is_buffer:
+            if dtype.is_complex:
+                raise TypeError(
+                    f"fused_ema.EMAManager: '{member.name}' is {dtype}, and complex parameters "
+                    "can't be averaged; keep it as torch.view_as_real of it, or leave it out with "
+                    "exclude="
+                )
+            if dtype.is_floating_point:
+                return "average", "a parameter"
+            return "keep", f"{dtype_name(dtype)} parameter"
+        mode = self.buffers.mode_of(member)
+        if mode == "copy":
+            return "copy", "as buffers= says"
+        if not dtype.is_floating_point:
+            return ("keep" if mode == "average" else "copy"), dtype_name(dtype)
+        if mode == "average":
+            return "average", "as buffers= says"
+        if member.is_statistic:
+            return "average", "a norm layer's running statistic"
+        return "copy", "no running statistic of a norm layer"
 
     def _dtype_of(self, member: Member, kind: Kind) -> torch.dtype:
         own = member.tensor.dtype
@@ -235,6 +274,26 @@ class Policy:
                 "with exclude="
             )
         return dtype
+
+
+def check_memory(op: str, member: Member) -> None:
+    """Raises ValueError where a member has no values, or several in one place."""
+    tensor = member.tensor
+    title = "fused_ema.EMAManager" + (f".{op}" if op else "")
+    if tensor.is_meta:
+        raise ValueError(
+            f"{title}: '{member.name}' is on the meta device and has no values; load or initialise "
+            "the model first (load_state_dict(..., assign=True), to_empty()), or bring back what "
+            "was offloaded"
+        )
+    if tensor.layout == torch.strided and any(
+        step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
+        raise ValueError(
+            f"{title}: '{member.name}' is expanded: several of its elements share one place in "
+            "memory, so no swap can write it; register a .clone() of it, or leave it out with "
+            "exclude="
+        )
 
 
 def needs_stage(ema_device: torch.device, param_device: torch.device) -> bool:

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fused_ema import _checks
 from fused_ema._foreach import dtype_name
 
 VERSION = 1
@@ -52,11 +53,19 @@ class State:
     raw: Mapping[str, Tensor]
 
 
+class IncompatibleKeys(NamedTuple):
+    """What a state that was loaded with ``strict=False`` lacks, and has besides."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a model's tensor of some name must find in a state."""
 
     shape: torch.Size
+    stride: tuple[int, ...]
     ema_dtype: torch.dtype
     param_dtype: torch.dtype
 
@@ -80,8 +89,44 @@ def pack(
     }
 
 
+def completed(
+    state: Mapping[str, Any], own: Mapping[str, Tensor], tied: Sequence[Sequence[str]]
+) -> tuple[Mapping[str, Any], IncompatibleKeys]:
+    """A state with exactly the names of a model, whatever else is wrong with it.
+
+    Args:
+        state: What :func:`pack` made, perhaps saved and loaded since.
+        own: Name to the values that a missing one starts with.
+        tied: Names that are one tensor in the model: one of them is enough.
+
+    Returns:
+        The state, and the names that were missing and unexpected in its averages.
+    """
+    parts = (EMA_KEY, RAW_KEY, EMA_DTYPES_KEY)
+    if not isinstance(state, Mapping) or not all(isinstance(state.get(k), Mapping) for k in parts):
+        return state, IncompatibleKeys([], [])
+    missing = [name for name in own if name not in state[EMA_KEY]]
+    unexpected = [name for name in state[EMA_KEY] if name not in own]
+    filled: dict[str, dict[str, Any]] = {}
+    for key in (EMA_KEY, RAW_KEY) if state.get(IS_SWAPPED_KEY) else (EMA_KEY,):
+        values = {name: state[key].get(name, own[name]) for name in own}
+        for names in tied:
+            have = [name for name in names if name in state[key]]
+            for name in names if have else ():
+                if name not in have and own[name].shape == own[have[0]].shape:
+                    values[name] = values[have[0]]
+        filled[key] = values
+    dtypes = dict(state[EMA_DTYPES_KEY])
+    for name in missing:
+        dtypes[name] = dtype_name(filled[EMA_KEY][name].dtype)
+    return {**state, **filled, EMA_DTYPES_KEY: dtypes}, IncompatibleKeys(missing, unexpected)
+
+
 def unpack(
-    state: Mapping[str, Any], expected: Mapping[str, Expected], tied: Sequence[Sequence[str]]
+    state: Mapping[str, Any],
+    expected: Mapping[str, Expected],
+    tied: Sequence[Sequence[str]],
+    is_live: bool = False,
 ) -> State:
     """Checks a state against a model.
 
@@ -89,6 +134,7 @@ def unpack(
         state: What :func:`pack` made, perhaps saved and loaded since.
         expected: Name to what must be there.
         tied: Names that are one tensor in the model.
+        is_live: The state's averages are the manager's own tensors, written by a loader already.
 
     Raises:
         TypeError: The state is no dictionary.
@@ -125,9 +171,12 @@ def unpack(
     if not problems:
         problems += _check_tensors(state, expected, tied)
     if problems:
+        kept = "nothing was changed"
+        if is_live:
+            kept = "the loader has written the averages in place, nothing else was changed"
         raise ValueError(
-            f"{_TITLE}: the state doesn't fit this model; nothing was changed:\n  "
-            + "\n  ".join(problems)
+            f"{_TITLE}: the state doesn't fit this model; {kept}:\n  "
+            + "\n  ".join(_checks.listed(problems))
         )
     return State(
         state[ITERATION_KEY],
@@ -150,6 +199,14 @@ def _check_tensors(
     dtypes = state[EMA_DTYPES_KEY]
     for key in (EMA_KEY, RAW_KEY) if is_swapped else (EMA_KEY,):
         tensors = state[key]
+        if key == RAW_KEY and not tensors:
+            # torch.distributed.checkpoint loads what state_dict() has, unswapped no raw weights.
+            problems.append(
+                f"'{RAW_KEY}' is empty though the state was saved while swapped; make a file of "
+                "the folder (torch.distributed.checkpoint.format_utils.dcp_to_torch_save), and "
+                "load what torch.load gives"
+            )
+            continue
         problems += [f"missing in '{key}': '{n}'" for n in expected if n not in tensors]
         problems += [f"surplus in '{key}': '{n}'" for n in tensors if n not in expected]
         sound = []
@@ -167,10 +224,13 @@ def _check_tensors(
                 problems.append(f"'{name}' in '{key}' {wrong}")
             else:
                 sound.append(name)
+        sound_names = set(sound)
         for names in tied:
             first, *others = names
             for name in others:
-                if {first, name} <= set(sound) and not _same_values(tensors[first], tensors[name]):
+                if expected[first].stride != expected[name].stride:
+                    continue  # One is a transposed view of the other; the first is what counts.
+                if {first, name} <= sound_names and not _same_values(tensors[first], tensors[name]):
                     problems.append(
                         f"'{first}' and '{name}' differ in '{key}' but are one tensor in the model"
                     )
@@ -182,6 +242,10 @@ def _check_tensors(
 def _check_tensor(tensor: object, shape: torch.Size, dtype: torch.dtype) -> str:
     if not isinstance(tensor, Tensor):
         return f"is a {type(tensor).__name__}, not a tensor"
+    if tensor.is_meta:
+        return "is on the meta device and has no values; load it whole"
+    if tensor.layout != torch.strided:
+        return f"has layout {tensor.layout}; only dense tensors can be averaged"
     if tensor.shape != shape:
         return f"has shape {list(tensor.shape)} but the model's has {list(shape)}"
     same_kind = tensor.dtype.is_floating_point == dtype.is_floating_point
@@ -194,8 +258,6 @@ def _check_tensor(tensor: object, shape: torch.Size, dtype: torch.dtype) -> str:
 
 
 def _same_values(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape:  # One is a transposed view of the other; the first is what counts.
-        return True
     if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     a, b = a.cpu(), b.cpu()

@@ -151,6 +151,40 @@ def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
         torch._foreach_copy_([d for d, _ in rest], [s for _, s in rest])
 
 
+def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each holds nothing infinite and no NaN; waits for a device once."""
+    with torch.no_grad():
+        found = [tensor.isfinite().all() for tensor in tensors]
+    by_device: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(found):
+        by_device.setdefault(tensor.device, []).append(i)
+    finite = [True] * len(found)
+    for indices in by_device.values():
+        for i, value in zip(
+            indices, torch.stack([found[i] for i in indices]).tolist(), strict=True
+        ):
+            finite[i] = value
+    return finite
+
+
+def with_own_storage(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that saves at its own size, whatever it is a view of.
+
+    What saves or stages a tensor (pickle, torch.save, torch.distributed.checkpoint) takes its whole
+    storage. The memory lives as long as any of them.
+    """
+    if not has_plain_memory(tensor) or not is_dense(tensor) or tensor.numel() == 0:
+        return tensor
+    whole, size = tensor.untyped_storage(), tensor.element_size()
+    begin = tensor.storage_offset() * size
+    end = begin + tensor.numel() * size
+    if end - begin == whole.nbytes():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        own = tensor.detach()  # Its version counter is the same: a backward notices an update.
+        return own.set_(whole[begin:end], 0, tensor.shape, tensor.stride())
+
+
 def is_same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors begin at one place, in one dtype."""
     return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype

@@ -6,11 +6,11 @@ and activation checkpointing put in front of them is left out, at any depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -30,6 +30,8 @@ class Member:
     name: str
     tensor: Tensor
     is_buffer: bool
+    is_statistic: bool = False
+    """Whether a norm layer keeps it as the running mean or variance of what it sees."""
 
 
 @dataclass(eq=False)
@@ -99,40 +101,66 @@ def read(model: nn.Module) -> Tree:
     members: dict[str, Member] = {}
     contents: list[tuple[dict[str, Any], list[Any]]] = []
 
-    def add(name: str, tensor: Tensor, is_buffer: bool) -> None:
+    def add(name: str, tensor: Tensor, is_buffer: bool, is_statistic: bool = False) -> None:
         if is_lazy(tensor):
             raise ValueError(
                 f"fused_ema.EMAManager: '{name}' of the model isn't initialised (a lazy module); "
                 "run one batch through the model first, as before making an optimizer"
             )
-        known = members.setdefault(name, Member(name, tensor, is_buffer))
+        known = members.setdefault(name, Member(name, tensor, is_buffer, is_statistic))
         if known.tensor is not tensor:
             raise ValueError(
                 f"fused_ema.EMAManager: two tensors of the model have the name '{name}' once the "
                 "names of wrappers are left out; rename one of the modules"
             )
 
-    def visit(module: nn.Module, prefix: str, above: frozenset[int]) -> None:
+    # A stack, since a function that calls itself would be a cycle that holds every tensor.
+    left: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
+    while left:
+        module, prefix, above = left.pop()
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 add(prefix + key, parameter, is_buffer=False)
-        for key, buffer in module._buffers.items():
-            if buffer is not None and key not in module._non_persistent_buffers_set:
-                add(prefix + key, buffer, is_buffer=True)
         # A module may assign a buffer that isn't persistent anew in every forward.
         passing = module._non_persistent_buffers_set
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in passing:
+                add(prefix + key, buffer, is_buffer=True, is_statistic=_is_statistic(module, key))
         for own in (module._parameters, module._buffers, module._modules):
             if isinstance(own, dict):  # A ScriptModule's are none, and don't change from Python.
                 is_buffers = own is module._buffers
                 held = [... if is_buffers and k in passing else v for k, v in own.items()]
                 contents.append((own, held))
         above |= {id(module)}
-        for key, child in module._modules.items():
-            if child is not None and id(child) not in above:
-                visit(child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
-
-    visit(model, "", frozenset())
+        children = [
+            (child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
+            for key, child in module._modules.items()
+            if child is not None and id(child) not in above
+        ]
+        left += reversed(children)
     return Tree(list(members.values()), contents)
+
+
+def refuse_fsdp1(title: str, model: nn.Module) -> None:
+    """Raises ValueError where FSDP1 shards a part of the model.
+
+    It keeps what it has gathered for the next forward, which then doesn't see what was written to
+    the shards meanwhile: after a swap training would go on with the average.
+    """
+    for name, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ == "FullyShardedDataParallel" and "fsdp" in cls.__module__:
+                raise ValueError(
+                    f"{title}: '{name or 'the model'}' is sharded by FullyShardedDataParallel "
+                    "(FSDP1), whose next forward would not see what a swap writes; shard it with "
+                    "torch.distributed.fsdp.fully_shard (FSDP2), or average an unsharded copy of "
+                    "the model"
+                )
+
+
+def _is_statistic(module: nn.Module, key: str) -> bool:
+    is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return key in ("running_mean", "running_var") or (is_norm and key.startswith("running_"))
 
 
 def _stands_for(module: nn.Module, key: str) -> bool:
@@ -142,17 +170,73 @@ def _stands_for(module: nn.Module, key: str) -> bool:
     return key == "module" and isinstance(module, wrappers)
 
 
+BufferMode = Literal["auto", "average", "copy", "skip"]
+"""What becomes of a buffer."""
+
+_MODES = get_args(BufferMode)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What becomes of each buffer: the mode of the first pattern that its name matches.
+
+    Attributes:
+        patterns: Pattern to mode.
+        otherwise: The mode of all others.
+    """
+
+    patterns: tuple[tuple[str, BufferMode], ...]
+    otherwise: BufferMode
+
+    @classmethod
+    def parse(cls, given: BufferMode | Mapping[str, BufferMode]) -> Buffers:
+        """Of what EMAManager is given.
+
+        Raises:
+            TypeError: Neither a mode nor a mapping of patterns.
+            ValueError: An unknown mode.
+        """
+        patterns = dict(given) if isinstance(given, Mapping) else {"*": given}
+        for pattern, mode in patterns.items():
+            if not isinstance(pattern, str) or not isinstance(mode, str):
+                raise TypeError(
+                    f"fused_ema.EMAManager: buffers is {given!r}; pass one of {shown(_MODES)}, or "
+                    "a dictionary of name patterns to these"
+                )
+            if mode not in _MODES:
+                raise ValueError(
+                    f"fused_ema.EMAManager: buffers is {given!r}; '{mode}' is none of "
+                    f"{shown(_MODES)}"
+                )
+        if isinstance(given, Mapping):
+            return cls(tuple(patterns.items()), "auto")
+        return cls((), given)
+
+    def mode_of(self, member: Member) -> BufferMode:
+        """What becomes of this buffer."""
+        for pattern, mode in self.patterns:
+            if fnmatchcase(member.name, pattern):
+                return mode
+        return self.otherwise
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which members are tracked."""
 
-    skip_buffers: bool
+    buffers: Buffers
     skip_frozen: bool
     include: tuple[str, ...] | None
     exclude: tuple[str, ...]
 
-    def choose(self, members: Sequence[Member]) -> list[Member]:
+    def choose(
+        self, members: Sequence[Member], tracked: Container[str] = frozenset()
+    ) -> list[Member]:
         """The tracked ones of these members.
+
+        Args:
+            members: Of the model.
+            tracked: Names that stay tracked though their parameters are frozen now.
 
         Raises:
             ValueError: A pattern matches no name, the model has no parameters, or none is left.
@@ -165,21 +249,35 @@ class Selection:
                         f"fused_ema.EMAManager: {what} pattern '{pattern}' matches none of the "
                         f"model's {len(names)} names: {shown(names)}"
                     )
+        buffers = [member.name for member in members if member.is_buffer]
+        for pattern, _ in self.buffers.patterns:
+            if not any(fnmatchcase(name, pattern) for name in buffers):
+                raise ValueError(
+                    f"fused_ema.EMAManager: the pattern '{pattern}' in buffers matches none of the "
+                    f"model's {len(buffers)} persistent buffers: {shown(buffers)}"
+                )
         if all(member.is_buffer for member in members):
             raise ValueError("fused_ema.EMAManager: the model has no parameters to average")
-        chosen = [member for member in members if self._has(member)]
+        chosen = [m for m in members if self._has(m, m.name in tracked)]
         if not chosen:
             raise ValueError(
                 f"fused_ema.EMAManager: none of the model's {len(names)} parameters and buffers is "
-                f"left to track with skip_buffers={self.skip_buffers}, skip_frozen="
-                f"{self.skip_frozen}, include={self.include}, exclude={self.exclude}"
+                f"left to track with skip_frozen={self.skip_frozen}, include={self.include}, "
+                f"exclude={self.exclude} and the mode of its buffers"
             )
         return chosen
 
-    def _has(self, member: Member) -> bool:
-        if member.is_buffer and self.skip_buffers:
-            return False
-        if self.skip_frozen and not member.is_buffer and not member.tensor.requires_grad:
+    def left_frozen(self, members: Sequence[Member], tracked: Container[str]) -> list[Member]:
+        """Those that would be tracked if they required a gradient."""
+        if not self.skip_frozen:
+            return []
+        return [m for m in members if m.name not in tracked and self._has(m, is_tracked=True)]
+
+    def _has(self, member: Member, is_tracked: bool) -> bool:
+        if member.is_buffer:
+            if self.buffers.mode_of(member) == "skip":
+                return False
+        elif self.skip_frozen and not is_tracked and not member.tensor.requires_grad:
             return False
         if self.include is not None and not _matches(member.name, self.include):
             return False

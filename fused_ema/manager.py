@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Real
 from typing import Any, Literal, NamedTuple
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _checks, _slots, _state, _storage, _tracking
+from fused_ema import _checks, _slots, _state, _steps, _storage, _tracking
 from fused_ema._foreach import check_form, dtype_name
+from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
@@ -63,16 +64,30 @@ class EMAManager:
             float32 where the param is bfloat16 or float16 and the param's own elsewhere.
         device: Of the emas; None for each param's own. On another device than the param's an
             update first copies the param there, and waits for it.
-        copy_buffers: Copy buffers at every update, integer ones too, instead of averaging them.
-        skip_frozen: Leave parameters out that don't require a gradient now.
+        copy_buffers: The same as ``buffers="copy"``.
+        skip_frozen: Leave parameters out that don't require a gradient now. One that requires it
+            later is an error until :meth:`refresh`; one that is frozen later stays tracked.
         include: Track only names that match one of these patterns: shell-style, ``*`` matches
             dots too, as in ``"backbone.*"``.
         exclude: Leave out names that match one of these patterns.
+        buffers: What becomes of persistent buffers. ``"auto"`` averages the running statistics of
+            norm layers and copies all others at every update: the average of a mask, a codebook or
+            a switch is nonsense. ``"average"``, the rule of the reference hooks, averages all
+            floating-point ones and keeps the first clone of the others. ``"copy"`` copies all,
+            ``"skip"`` tracks none. Or a dictionary of name patterns to these; the first that
+            matches counts, and what none matches is ``"auto"``. A buffer that holds something
+            infinite or NaN now is copied in any case. :meth:`describe` says what became of each.
+        decay: Not taken; the error says which momentum it is.
 
     Raises:
-        TypeError: The model is no module; a tensor whose dtype can't be averaged; a sparse one.
+        TypeError: The model is no module; a tensor whose dtype can't be averaged; a sparse one; a
+            decay instead of a momentum.
         ValueError: A setting outside of its range, a model without parameters, a pattern that
-            matches nothing, a parameter that isn't initialised yet, tensors that overlap.
+            matches nothing, a parameter that isn't initialised yet or is on the meta device,
+            expanded tensors, tensors that overlap, a model that FSDP1 shards.
+
+    Warns:
+        UserWarning: A constant momentum above 0.5, which most often is a decay.
 
     Example:
         >>> ema = fused_ema.EMAManager(model, momentum=0.001)
@@ -99,7 +114,11 @@ class EMAManager:
         skip_frozen: bool = False,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
+        buffers: BufferMode | Mapping[str, BufferMode] | None = None,
+        decay: None = None,
     ) -> None:
+        if decay is not None:
+            raise TypeError(_checks.decay_given("EMAManager", decay))
         if not isinstance(model, nn.Module):
             raise TypeError(f"{_TITLE}: model is a {type(model).__name__}; pass a torch.nn.Module")
         if momentum_fun is not None and not callable(momentum_fun):
@@ -107,22 +126,29 @@ class EMAManager:
                 f"{_TITLE}: momentum_fun is a {type(momentum_fun).__name__}; pass a function of "
                 "the iteration, such as fused_ema.schedules.exponential()"
             )
-        if skip_buffers and copy_buffers:
-            raise ValueError(f"{_TITLE}: both skip_buffers and copy_buffers are set; choose one")
+        given = {"skip_buffers": skip_buffers, "copy_buffers": copy_buffers, "buffers": buffers}
+        given = {name: value for name, value in given.items() if value}
+        if len(given) > 1:
+            raise ValueError(f"{_TITLE}: both {' and '.join(given)} are set; choose one")
         check_form("EMAManager", form)
         self._model = model
         self._momentum = _checks.momentum("EMAManager", momentum)
+        if momentum_fun is None:
+            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=3)
         self._momentum_fun = momentum_fun
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
         self._form: Form = form
+        if skip_buffers or copy_buffers:
+            buffers = "skip" if skip_buffers else "copy"
+        rules = _tracking.Buffers.parse("auto" if buffers is None else buffers)
         self._policy = _slots.Policy(
             ema_dtype,
             None if device is None else torch.empty(0, device=device).device,
-            copy_buffers,
+            rules,
         )
         self._selection = _tracking.Selection(
-            skip_buffers,
+            rules,
             skip_frozen,
             None if include is None else _checks.patterns("EMAManager", "include", include),
             _checks.patterns("EMAManager", "exclude", exclude),
@@ -134,8 +160,17 @@ class EMAManager:
         # While swapped: the raw values of the slots that aren't exchanged in place, by index.
         self._aside: dict[int, Tensor] = {}
         self._marks = _storage.make_marks()
-        tree = _tracking.read(model)
-        self._tracked = self._policy.track(tree, self._selection.choose(tree.members))
+        self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle]
+        self._hooks = weakref.WeakKeyDictionary()
+        self._tracked, self._frozen = self._track(frozenset())
+
+    def _track(self, tracked: Container[str]) -> tuple[_slots.Tracked, list[_tracking.Member]]:
+        """What is tracked of the model as it is now, and what is left out as frozen."""
+        _tracking.refuse_fsdp1(_TITLE, self._model)
+        tree = _tracking.read(self._model)
+        members = self._selection.choose(tree.members, tracked)
+        frozen = self._selection.left_frozen(tree.members, {member.name for member in members})
+        return self._policy.track(tree, members), frozen
 
     # ---- what it is
 
@@ -179,15 +214,25 @@ class EMAManager:
     def named_emas(self) -> Iterator[tuple[str, Tensor]]:
         """Yields each name and its average; tied tensors under each of their names.
 
-        While swapped the averages are the model's own tensors, where those are of the same dtype.
+        They are the live ones, and each saves at its own size. While swapped the averages are the
+        model's own tensors, where those are of the same dtype.
         """
         yield from self._emas().items()
+
+    def describe(self) -> dict[str, str]:
+        """What an update does with each tensor, and why, by name: ``"averaged: a parameter"``."""
+        slots = self._tracked.slots
+        treatments = {member.name: slot.treatment for slot in slots for member in slot.members}
+        return {member.name: treatments[member.name] for member in self._tracked.members}
 
     def __repr__(self) -> str:
         momentum = self._momentum if self._momentum_fun is None else self._momentum_fun
         num_elements = sum(slot.ema.numel() for slot in self._tracked.slots)
+        tracked = self._tracked
+        others = {"copied": tracked.copied, "kept": [s for s in tracked.slots if s.kind == "keep"]}
+        parts = "".join(f", {len(slots):,} {what}" for what, slots in others.items() if slots)
         return (
-            f"EMAManager({len(self._tracked.slots):,} tensors, {num_elements:,} elements, "
+            f"EMAManager({len(tracked.slots):,} tensors, {num_elements:,} elements{parts}, "
             f"momentum={momentum}, interval={self._interval}, form={self._form!r}, "
             f"iteration={self._iteration}, num_updates={self._num_updates}"
             f"{', swapped' if self._is_swapped else ''})"
@@ -220,13 +265,7 @@ class EMAManager:
             if iteration is None
             else _checks.count("EMAManager.update", "iteration", iteration, 0)
         )
-        if self._is_swapped:
-            raise RuntimeError(
-                f"{_TITLE}.update: the model holds the ema; "
-                + ("leave swapped()" if self._in_context else "call swap()")
-                + " first, so that the raw weights are back"
-            )
-        self._refuse_if_another_is_swapped("update")
+        self._refuse_update("update")
         if i < self._begin:
             self._apply(None)
         elif (i + 1) % self._interval == 0:
@@ -234,43 +273,57 @@ class EMAManager:
             self._num_updates += 1
         self._iteration = i + 1
 
+    def _refuse_update(self, op: str) -> None:
+        if self._is_swapped:
+            raise RuntimeError(
+                f"{_TITLE}.{op}: the model holds the ema; "
+                + ("leave swapped()" if self._in_context else "call swap()")
+                + " first, so that the raw weights are back"
+            )
+        self._refuse_if_another_is_swapped(op)
+
     def register_step_post_hook(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
         """Makes an optimizer call :meth:`update` after each of its steps.
 
         A step that a gradient scaler skips is no step, and with gradient accumulation there is one
         update for each real step. A fused optimizer is called by the scaler in any case and skips
-        by itself: to know it, the hook waits for the device after steps with a scaler.
+        by itself: to know it, the hook waits for the device after steps with a scaler. A step while
+        the model holds the ema is refused before it writes anything. As all hooks of torch's
+        optimizers, it isn't there in a copy or a pickle of the optimizer.
 
         Args:
-            optimizer: May be one that accelerate has prepared.
+            optimizer: May be one that accelerate or Opacus has prepared.
 
         Returns:
             A handle; its ``remove()`` ends it.
 
         Raises:
-            TypeError: Not an optimizer.
+            TypeError: Not an optimizer, or one whose steps call no hooks.
+            RuntimeError: This manager's hook is there already.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"{_TITLE}.register_step_post_hook: optimizer is a {type(optimizer).__name__}; "
-                "pass a torch.optim.Optimizer"
+        title = f"{_TITLE}.register_step_post_hook"
+        found = _steps.hookable(title, optimizer)
+        known = self._hooks.get(found)
+        if known is not None and known.id in found._optimizer_step_post_hooks:
+            raise RuntimeError(
+                f"{title}: this {type(found).__name__} calls update() already; remove() the handle "
+                "of the first call, or keep that one"
             )
-        while "_optimizer_step_post_hooks" not in vars(optimizer) and hasattr(
-            optimizer, "optimizer"
-        ):
-            optimizer = optimizer.optimizer  # accelerate's wrapper never calls hooks of its own.
 
-        def after_step(optimizer: object, args: object, kwargs: object) -> None:
-            if not was_skipped(optimizer):
+        def after_step() -> None:
+            if not was_skipped(found):
                 self.update()
 
-        return optimizer.register_step_post_hook(after_step)
+        handle = _steps.register(found, lambda: self._refuse_update("optimizer.step"), after_step)
+        self._hooks[found] = handle
+        return handle
 
     def _apply(self, momentum: float | None) -> None:
         """Averages with that momentum, or copies everything where there is none."""
         tracked = self._tracked
         if not tracked.tree.is_current_so_far():
             tracked = self._follow("update")
+        self._refuse_if_unfrozen("update")
         if tracked.staged and any(s.source.dtype != s.param.dtype for s in tracked.staged):
             self._tracked = tracked = tracked.restaged()
         copied = tracked.followed if momentum is None else tracked.copied
@@ -286,7 +339,7 @@ class EMAManager:
             if momentum is None:
                 tracked.plan.copy_to_ema()
             else:
-                tracked.plan.update(momentum, self._form)
+                tracked.plan._update(momentum, self._form)
         except (TypeError, ValueError, RuntimeError):
             tracked.check_geometry("update")  # Says it in the model's words.
             raise
@@ -441,6 +494,7 @@ class EMAManager:
             raise TypeError(
                 f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
             )
+        _tracking.refuse_fsdp1(f"{_TITLE}.copy_to", model)
         members = {member.name: member for member in _tracking.read(model).members}
         emas = self._emas()
         problems = [f"'{name}' is missing in the model" for name in emas if name not in members]
@@ -450,10 +504,16 @@ class EMAManager:
             for name, ema in emas.items()
             if name in members and members[name].tensor.shape != ema.shape
         ]
+        problems += [
+            f"'{name}' is on the meta device (offloaded?) and holds no values there; copy before "
+            "the model is offloaded"
+            for name in emas
+            if name in members and members[name].tensor.is_meta
+        ]
         if problems:
             raise ValueError(
                 f"{_TITLE}.copy_to: the model doesn't fit; nothing was changed:\n  "
-                + "\n  ".join(problems)
+                + "\n  ".join(_checks.listed(problems))
             )
         tied = _tracking.group_tied([members[name] for name in emas])
         if self._is_swapped:
@@ -464,6 +524,8 @@ class EMAManager:
                     "back first"
                 )
         self._refuse_if_another_holds("copy_to", ((m.name, m.tensor) for g in tied for m in g))
+        for group in tied:
+            _slots.check_memory("copy_to", group[0])
         _storage.copy([group[0].tensor for group in tied], [emas[group[0].name] for group in tied])
 
     # ---- when the model has changed
@@ -500,8 +562,7 @@ class EMAManager:
         """
         self._refuse_if_swapped("refresh")
         old = self._emas()
-        tree = _tracking.read(self._model)
-        tracked = self._policy.track(tree, self._selection.choose(tree.members))
+        tracked, frozen = self._track(old)
         goes_on, started = [], []
         for slot in tracked.slots:
             before = old.get(slot.name)
@@ -514,7 +575,7 @@ class EMAManager:
             else:
                 started += [member.name for member in slot.members]
         _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
-        self._tracked = tracked
+        self._tracked, self._frozen = tracked, frozen
         return started
 
     # ---- checkpoints
@@ -529,10 +590,12 @@ class EMAManager:
         tracked = self._tracked
         raw = {}
         if self._is_swapped:
-            raw = tracked.by_name(lambda i: self._aside.get(i, tracked.slots[i].ema))
+            raw = tracked.by_name(self._raw_of)
         return _state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True
+    ) -> _state.IncompatibleKeys:
         """Takes over a state, before or after the model loads its own.
 
         A state that was taken while swapped leaves the manager swapped: :meth:`swap` then brings
@@ -542,6 +605,11 @@ class EMAManager:
         Args:
             state_dict: What :meth:`state_dict` returned, on any device. A dtype that holds fewer
                 values than the saved one is an error; a wider one is filled exactly.
+            strict: False lets names be missing, whose averages start as clones of what the model
+                holds now, or be in the state alone, which are dropped.
+
+        Returns:
+            The names that were missing in the state, and the unexpected ones: two lists.
 
         Raises:
             TypeError: Not a dictionary.
@@ -549,45 +617,61 @@ class EMAManager:
                 lists them all.
             RuntimeError: The model is swapped, or its parameters were replaced or added.
 
-            Nothing has changed when an error is raised.
+            Nothing has changed when an error is raised, but by a loader that wrote into the tensors
+            of :meth:`state_dict` itself, as torch.distributed.checkpoint does.
         """
         self._refuse_if_swapped("load_state_dict")
         tracked = self._follow("load_state_dict")
         tracked.check_geometry("load_state_dict")
         slots = tracked.slots
         expected = {
-            member.name: _state.Expected(member.tensor.shape, slot.ema.dtype, slot.param.dtype)
+            member.name: _state.Expected(
+                member.tensor.shape, member.tensor.stride(), slot.ema.dtype, slot.param.dtype
+            )
             for slot in slots
             for member in slot.members
         }
         tied = [[member.name for member in slot.members] for slot in slots]
-        loaded = _state.unpack(state_dict, expected, tied)
+        given_state = state_dict
+        incompatible = _state.IncompatibleKeys([], [])
+        if not strict:
+            own = tracked.by_name(lambda i: slots[i].param.detach())
+            given_state, incompatible = _state.completed(state_dict, own, tied)
+        own_emas = [slot.ema for slot in slots]
+        is_live = any(
+            isinstance(values, Tensor) and _storage.is_same_memory(slot.ema, values)
+            for slot, values in (
+                (slot, _ema_in(given_state, slot.name)) for slot in slots if slot.ema.numel()
+            )
+        )
+        loaded = _state.unpack(given_state, expected, tied, is_live)
         aside: dict[int, Tensor] = {}
         if loaded.is_swapped:
             # All of it aside: so it doesn't matter what the model holds until it is swapped back.
             room = _slots.room_for_raw(slots)
             _storage.copy(room, [loaded.raw[slot.name] for slot in slots])
             aside = dict(enumerate(room))
-        own = [slot.ema for slot in slots]
         given = [loaded.ema[slot.name] for slot in slots]
         # The manager's own live state is its state already, and copies may not overlap.
-        other = [i for i, e in enumerate(own) if not _storage.is_same_memory(e, given[i])]
-        _storage.copy([own[i] for i in other], [given[i] for i in other])
+        other = [i for i, e in enumerate(own_emas) if not _storage.is_same_memory(e, given[i])]
+        _storage.copy([own_emas[i] for i in other], [given[i] for i in other])
         self._aside = aside
         self._set_swapped(loaded.is_swapped)
         self._iteration = loaded.iteration
         self._num_updates = loaded.num_updates
+        return incompatible
 
     # ---- how it is kept
 
     def _follow(self, op: str) -> _slots.Tracked:
         """What is tracked, once it is certain that the model still has it."""
+        self._refuse_if_unfrozen(op)
         tracked = self._tracked
         if tracked.tree.is_current():
             return tracked
         tree = _tracking.read(self._model)
-        now = {member.name: member for member in self._selection.choose(tree.members)}
         was = {member.name: member for member in tracked.members}
+        now = {member.name: member for member in self._selection.choose(tree.members, was)}
         changes = [
             f"'{name}' was replaced: {_described(was[name])} before, {_described(now[name])} now"
             for name in was
@@ -598,10 +682,24 @@ class EMAManager:
         if changes:
             raise RuntimeError(
                 f"{_TITLE}.{op}: the model has changed since the manager was made; call refresh() "
-                "to go on with it as it is now, or undo the change:\n  " + "\n  ".join(changes)
+                "to go on with it as it is now, or undo the change:\n  "
+                + "\n  ".join(_checks.listed(changes))
             )
+        for name, member in now.items():
+            if member.tensor is not was[name].tensor:
+                _slots.check_memory(op, member)
         self._tracked = tracked.rebound(tree, now)
+        self._frozen = self._selection.left_frozen(tree.members, now)
         return self._tracked
+
+    def _refuse_if_unfrozen(self, op: str) -> None:
+        if self._frozen and any(member.tensor.requires_grad for member in self._frozen):
+            names = [member.name for member in self._frozen if member.tensor.requires_grad]
+            raise RuntimeError(
+                f"{_TITLE}.{op}: {_tracking.shown(names)} were frozen when the manager was made, "
+                "so skip_frozen=True left them out, and are trainable now; call refresh() to "
+                "average them from here on, or freeze them again"
+            )
 
     def _refuse_if_swapped(self, op: str) -> None:
         if self._is_swapped:
@@ -637,13 +735,23 @@ class EMAManager:
     def _ema_of(self, index: int) -> Tensor:
         slot = self._tracked.slots[index]
         is_in_model = self._is_swapped and index not in self._aside
-        return slot.param.detach() if is_in_model else slot.ema
+        return slot.param.detach() if is_in_model else slot.shown_ema
+
+    def _raw_of(self, index: int) -> Tensor:
+        if index in self._aside:
+            return _storage.with_own_storage(self._aside[index])
+        return self._tracked.slots[index].shown_ema
 
 
 def was_skipped(optimizer: object) -> bool:
     """Whether a gradient scaler has just let a fused optimizer skip its step; for a step hook."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _ema_in(state: object, name: str) -> object:
+    emas = state.get(_state.EMA_KEY) if isinstance(state, Mapping) else None
+    return emas.get(name) if isinstance(emas, Mapping) else None
 
 
 class _Write(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_ema import _foreach, _native
+from fused_ema import _caches, _checks, _foreach, _native
 
 Form = Literal["lerp", "mul_add"]
 
@@ -46,12 +46,29 @@ def update_(
 
         Nothing has been written when an error is raised.
 
+    Warns:
+        UserWarning: Once, of a momentum above 0.5, which most often is a decay.
+
     Example:
         >>> ema, params = [torch.zeros(3)], [torch.ones(3)]
         >>> fused_ema.update_(ema, params, momentum=0.25)
         >>> ema
         [tensor([0.2500, 0.2500, 0.2500])]
     """
+    is_high = isinstance(momentum, float) and momentum > 0.5
+    if is_high and not torch.compiler.is_compiling() and not _warned:
+        _warned.append(True)
+        _checks.warn_of_decay("update_", float(momentum), stacklevel=2)
+    _update(ema, params, momentum, form)
+
+
+_warned: list[bool] = []
+
+
+def _update(
+    ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float | Tensor, form: Form = "lerp"
+) -> None:
+    """The same without a warning: of a schedule's momentum."""
     if torch.compiler.is_compiling():
         if isinstance(momentum, Tensor):
             torch.ops.fused_ema.update_.tensor(ema, params, momentum, form)
@@ -85,11 +102,13 @@ def swap_(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
     """
     if torch.compiler.is_compiling():
         torch.ops.fused_ema.swap_(a, b)
-    elif _native.C is not None:
+        return
+    if _native.C is not None:
         _native.C.swap_(a, b)
     else:
         _foreach.check_lists("swap_", a, b)
         _foreach.swap(a, b)
+    _caches.drop()
 
 
 def copy_(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
@@ -107,11 +126,13 @@ def copy_(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """
     if torch.compiler.is_compiling():
         torch.ops.fused_ema.copy_(dst, src)
-    elif _native.C is not None:
+        return
+    if _native.C is not None:
         _native.C.copy_(dst, src)
     else:
         _foreach.check_lists("copy_", dst, src)
         _foreach.copy(dst, src)
+    _caches.drop()
 
 
 def _define_without_native() -> torch.library.Library:
@@ -123,8 +144,8 @@ def _define_without_native() -> torch.library.Library:
     library.define("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()")
     library.define("copy_(Tensor(a!)[] dst, Tensor[] src) -> ()")
     for name, function in (
-        ("update_", update_),
-        ("update_.tensor", update_),
+        ("update_", _update),
+        ("update_.tensor", _update),
         ("swap_", swap_),
         ("copy_", copy_),
     ):

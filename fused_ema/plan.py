@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_ema import _foreach, _native
+from fused_ema import _caches, _checks, _foreach, _native
 from fused_ema.ops import Form
 
 
@@ -57,6 +57,7 @@ class Plan:
         else:
             self._plan = _foreach.Plan(ema, params, names)
         self._num_tensors = len(ema)
+        self._has_warned = False
 
     def update(self, momentum: float | Tensor, form: Form = "lerp") -> None:
         """Moves every ema towards its param, as :func:`fused_ema.update_` does.
@@ -70,12 +71,23 @@ class Plan:
             TypeError: The momentum is neither a number nor such a tensor.
             ValueError: A momentum outside of [0, 1], an unknown form, or what making the plan
                 raises where a tensor has moved.
+
+        Warns:
+            UserWarning: Once, of a momentum above 0.5, which most often is a decay.
         """
+        if isinstance(momentum, float) and momentum > 0.5 and not self._has_warned:
+            self._has_warned = True
+            _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
+        self._plan.update(momentum, form)
+
+    def _update(self, momentum: float | Tensor, form: Form) -> None:
+        """The same without a warning: of a schedule's momentum."""
         self._plan.update(momentum, form)
 
     def swap(self) -> None:
         """Exchanges every ema with its param, as :func:`fused_ema.swap_` does."""
         self._plan.swap()
+        _caches.drop()
 
     def copy_to_ema(self) -> None:
         """Copies every param into its ema."""
@@ -84,6 +96,7 @@ class Plan:
     def copy_to_params(self) -> None:
         """Copies every ema into its param."""
         self._plan.copy_to_params()
+        _caches.drop()
 
     def describe(self) -> list[dict[str, Any]]:
         """Who serves what: one entry per device and dtype pair.

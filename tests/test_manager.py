@@ -63,7 +63,9 @@ def test_the_bits_of_the_reference_loop(backend, dtype, interval, skip_buffers, 
     }[schedule]
     model = Net(dtype)
     reference = ReferenceHook(model, fun or (lambda i: 0.02), interval, skip_buffers)
-    ema = EMAManager(model, 0.02, interval, skip_buffers, fun, form="mul_add", ema_dtype="param")
+    options = {"form": "mul_add", "ema_dtype": "param"}
+    options["buffers"] = None if skip_buffers else "average"
+    ema = EMAManager(model, 0.02, interval, skip_buffers, fun, **options)
     for step in range(7):
         move(model, step)
         reference.update()
@@ -74,7 +76,7 @@ def test_the_bits_of_the_reference_loop(backend, dtype, interval, skip_buffers, 
 
 def test_the_default_form_is_lerp_and_the_default_momentum_the_reference_s(backend, device):
     model = Net().to(device)
-    ema = EMAManager(model)
+    ema = EMAManager(model, buffers="average")
     expected = values_of(model)
     for step in range(3):
         move(model.cpu() if device == "cpu" else model, step)
@@ -88,7 +90,7 @@ def test_the_default_form_is_lerp_and_the_default_momentum_the_reference_s(backe
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_params_are_averaged_in_float32_by_default(backend, dtype):
     model = Net(dtype)
-    ema = EMAManager(model, 0.01)
+    ema = EMAManager(model, 0.01, buffers="average")
     expected = {k: v.float() if v.is_floating_point() else v for k, v in values_of(model).items()}
     for step in range(3):
         move(model, step)
@@ -135,7 +137,7 @@ def test_an_iteration_that_somebody_else_counts():
 
 def test_before_begin_the_ema_follows_by_copy(backend):
     model = Net()
-    ema = EMAManager(model, 0.25, interval=3, begin=4)
+    ema = EMAManager(model, 0.25, interval=3, begin=4, buffers="average")
     for step in range(4):
         move(model, step)
         ema.update()
@@ -237,7 +239,7 @@ def three_kinds_of_ties():
 
 def test_tied_tensors_are_averaged_once_and_swapped_right(backend):
     model = three_kinds_of_ties()
-    ema = EMAManager(model, 0.25)
+    ema = EMAManager(model, 0.25, buffers="average")
     assert "2 tensors, 24 elements" in repr(ema)
     expected = model.a.weight.detach().clone()
     with torch.no_grad():
@@ -278,8 +280,9 @@ def test_one_allocation_for_each_dtype_and_device():
     model = Net()
     ema = EMAManager(model)
     by_dtype = {}
-    for _, tensor in ema.named_emas():
-        by_dtype.setdefault(tensor.dtype, set()).add(tensor.untyped_storage().data_ptr())
+    for slot in ema._tracked.slots:
+        found = by_dtype.setdefault(slot.ema.dtype, set())
+        found.add(slot.ema.untyped_storage().data_ptr())
     assert {dtype: len(found) for dtype, found in by_dtype.items()} == dict.fromkeys(
         (torch.float32, torch.int64, torch.bool, torch.uint8, torch.complex64), 1
     )
@@ -337,7 +340,7 @@ def staged(request, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_ema_on_another_device(staged, dtype):
     model = Net(dtype)
-    ema = EMAManager(model, 0.25, begin=1, device="cpu")
+    ema = EMAManager(model, 0.25, begin=1, device="cpu", buffers="average")
     expected = None
     for step in range(3):
         move(model, step)
@@ -1113,7 +1116,7 @@ def test_a_resized_param_starts_anew_on_request():
 def test_params_that_moved_in_memory_or_were_converted_are_followed(backend):
     model = Net()
     del model.table
-    ema = EMAManager(model, 0.5)
+    ema = EMAManager(model, 0.5, buffers="average")
     averages = {name: tensor.clone() for name, tensor in ema.named_emas()}
     old = model.body[0].weight.data
     kept = old.clone()

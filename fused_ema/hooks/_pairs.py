@@ -61,7 +61,7 @@ class Pairs:
         """Averages the floating-point pairs."""
         if self._staged:
             _storage.copy([stage for stage, _ in self._staged], [b for _, b in self._staged])
-        self._plan.update(momentum, form)
+        self._plan._update(momentum, form)
 
     def copy(self) -> None:
         """Copies every tensor of the model into its average."""

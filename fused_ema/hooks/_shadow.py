@@ -122,7 +122,7 @@ class ShadowParams:
         listed = list_of_tensors(f"{self._where}.{op}", parameters)
         if not (copies_frozen and any(not p.requires_grad for p in listed)):
             try:  # It checks its lists before it writes: most of the time that is all there is.
-                ops.update_(self._shadow, listed, momentum)
+                ops._update(self._shadow, listed, momentum)
                 return
             except (TypeError, ValueError):
                 pass
@@ -136,9 +136,9 @@ class ShadowParams:
                 averaged.append((s, p))
             else:
                 converted.append((s, p))
-        ops.update_([s for s, _ in averaged], [p for _, p in averaged], momentum)
+        ops._update([s for s, _ in averaged], [p for _, p in averaged], momentum)
         for s, p in converted:  # One at a time, so that no second model is in memory.
-            ops.update_([s], [p.detach().to(s.device, s.dtype)], momentum)
+            ops._update([s], [p.detach().to(s.device, s.dtype)], momentum)
         _storage.copy([s for s, _ in copied], [p for _, p in copied])
 
     def _copy_to(self, params: Sequence[Tensor]) -> None:

@@ -35,7 +35,7 @@ class _Average:
         if len(averaged) == 0:
             return
         if averaged[0].is_floating_point():
-            ops.update_(list(averaged), list(params), self._weight(num_averaged))
+            ops._update(list(averaged), list(params), self._weight(num_averaged))
         else:
             self._others(averaged, params, num_averaged)
 
