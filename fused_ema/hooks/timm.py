@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ema import _checks, _tracking
-from fused_ema.hooks import _shadow
+from fused_ema.hooks import _pairs, _shadow
 from fused_ema.ops import Form
 
 _WHERE = "hooks.timm.ModelEmaV3"
@@ -110,9 +110,9 @@ class ModelEmaV3(_shadow.ModuleCopy):
         self._follow()
 
     def _follow(self) -> None:
-        self._members = _shadow.ModuleFollower(self.module, _members_of)
-        self._params = _shadow.ModuleFollower(self.module, _params_of)
-        self._buffers_too = _shadow.ModuleFollower(self.module, _buffers_of)
+        self._members = _pairs.Follower(self.module, _members_of, follows_passing=True)
+        self._params = _pairs.Follower(self.module, _params_of, follows_passing=True)
+        self._buffers_too = _pairs.Follower(self.module, _buffers_of, True, follows_passing=True)
 
     def _follow_module(self) -> None:
         if self._members.is_of_another(self.module):
