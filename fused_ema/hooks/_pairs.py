@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ema import _storage, _tracking, ops
+from fused_ema._foreach import DTYPE_PAIRS
 from fused_ema.ops import Form
 from fused_ema.plan import Plan
 
@@ -26,6 +27,13 @@ class Pairs:
         live: The model's tensors.
         names: A name for each pair, for error messages.
         only_copied: They are never averaged, so their dtypes don't matter.
+        converts: Leave to torch the pairs of floating-point dtypes that can't be averaged, and with
+            ``mul_add`` 16-bit averages where any pair is of two dtypes: they get the bits of
+            ``torch._foreach_mul_`` and ``_foreach_add_``, and with ``lerp`` those of a param that
+            was converted.
+
+    Attributes:
+        dtypes: Of the floating-point pairs: each average's and its param's.
 
     Raises:
         TypeError: A floating-point pair whose dtypes can't be averaged.
@@ -38,6 +46,7 @@ class Pairs:
         live: Sequence[Tensor],
         names: Sequence[str],
         only_copied: bool = False,
+        converts: bool = False,
     ) -> None:
         unique = {
             (id(a), id(b)): (a, b, name) for a, b, name in zip(averaged, live, names, strict=True)
@@ -52,8 +61,11 @@ class Pairs:
                 )
         floats = [i for i, (a, _, _) in enumerate(self._all) if a.is_floating_point()]
         self._others = [i for i, (a, _, _) in enumerate(self._all) if not a.is_floating_point()]
-        # Floating-point pairs that are in the plan, and others.
-        self._planned, self._loose = ([], floats) if only_copied else (floats, [])
+        self.dtypes = frozenset((self._all[i][0].dtype, self._all[i][1].dtype) for i in floats)
+        self._converted = [i for i in floats if self._is_torchs(i)] if converts else []
+        # Of the others, those that are in the plan, and those that aren't.
+        planned = [] if only_copied else [i for i in floats if i not in set(self._converted)]
+        self._planned, self._loose = planned, floats if only_copied else []
         # Where a param is on another device than its average: room for its values there.
         self._stages: dict[int, Tensor] = {}
         for i in self._planned:
@@ -63,6 +75,17 @@ class Pairs:
                     self._stages[i] = torch.empty_like(b, device=a.device)
         self._plan = self._make_plan()
         self._marks = _storage.make_marks()
+
+    @property
+    def are_mixed(self) -> bool:
+        """Whether an average has another dtype than its param."""
+        return any(a != b for a, b in self.dtypes)
+
+    def _is_torchs(self, place: int) -> bool:
+        a, b, _ = self._all[place]
+        is_served = (a.dtype, b.dtype) in DTYPE_PAIRS
+        # Of torch's lists 1 - m is rounded to the average's dtype, of its tensors it isn't.
+        return b.is_floating_point() and (not is_served or (self.are_mixed and a.itemsize < 4))
 
     def _make_plan(self) -> Plan:
         return Plan(
@@ -108,11 +131,26 @@ class Pairs:
         if self._stages:
             staged = self._stages.items()
             _storage.copy([stage for _, stage in staged], [self._all[i][1] for i, _ in staged])
-        if self._loose:
+        if self._loose or self._converted:
             self._plan._check()  # All that may be wrong comes before the first write.
+        if self._loose:
             averaged = [self._all[i][0] for i in self._loose]
             ops.update_(averaged, self._sources(self._loose), momentum, form)
         self._plan.update(momentum, form)
+        if self._converted:
+            self._update_converted(momentum, form)
+
+    @torch.no_grad()
+    def _update_converted(self, momentum: float, form: Form) -> None:
+        pairs = [self._all[i][:2] for i in self._converted]
+        if form == "mul_add":
+            averaged = [a.detach() for a, _ in pairs]
+            torch._foreach_mul_(averaged, 1 - momentum)
+            live = [b.detach().to(a.device) for a, b in pairs]
+            torch._foreach_add_(averaged, live, alpha=momentum)
+            return
+        for a, b in pairs:  # One at a time, so that no second model is in memory.
+            ops.update_([a], [b.detach().to(a.device, a.dtype)], momentum, form)
 
     def copy(self) -> None:
         """Copies every tensor of the model into its average."""
@@ -131,7 +169,7 @@ class Pairs:
                 "can't be exchanged with it in place; use fused_ema.EMAManager, which sets the raw "
                 "weights aside"
             )
-        pairs = [self._all[i][:2] for i in (*self._others, *self._loose)]
+        pairs = [self._all[i][:2] for i in (*self._others, *self._loose, *self._converted)]
         averaged, live = [a for a, _ in pairs], [b for _, b in pairs]
         exchange = _storage.Exchange(averaged, live, self._plan, self._marks)
         try:
@@ -176,6 +214,7 @@ class Follower:
         averaged: The averaged module.
         tensors_of: A module's tensors by name, in an order that is the same for both.
         only_copied: As of Pairs.
+        converts: As of Pairs.
         follows_passing: Follow those buffers too that aren't persistent.
     """
 
@@ -183,12 +222,15 @@ class Follower:
         self,
         averaged: nn.Module,
         tensors_of: Callable[[nn.Module], Sequence[tuple[str, Tensor]]],
+        *,
         only_copied: bool = False,
+        converts: bool = False,
         follows_passing: bool = False,
     ) -> None:
         self._averaged = averaged
         self._tensors_of = tensors_of
         self._only_copied = only_copied
+        self._converts = converts
         self._follows_passing = follows_passing
         self._model: nn.Module | None = None
         self._pairs = Pairs([], [], [])
@@ -268,6 +310,7 @@ class Follower:
             [t for _, t in live],
             [name for name, _ in live],
             self._only_copied,
+            self._converts,
         )
         ids = [(id(a), id(b)) for (_, a), (_, b) in zip(averaged, live, strict=True)]
         pair_of = [{pair[side]: self._pairs.place_of(pair) for pair in ids} for side in (0, 1)]
