@@ -180,7 +180,7 @@ def test_buffers_that_come_to_be_one_are_an_error(backend, name):
     model = pair.model
     model.norm.running_mean = model.norm.running_var = torch.ones(3)
     before = {k: v.clone() for k, v in all_of(pair.ours).items()}
-    with pytest.raises(ValueError, match="share memory|tensors but the model has"):
+    with pytest.raises(ValueError, match=r"share memory|tensors but the model has"):
         getattr(pair.ours, pair._update)(model)
     assert_same(all_of(pair.ours), before)
     model.norm.running_var = model.norm.running_mean.clone()

@@ -117,6 +117,8 @@ def use_averaged_model(model):
 
 def use_model_ema(model):
     for options in ({}, {"exclude_buffers": True}, {"device": "cpu"}, {"dtype": torch.float64}):
+        if "dtype" in options:
+            del model.table  # A complex average would become real.
         ema = timm.ModelEmaV3(model, 0.9, use_warmup=True, **options)
         for step in range(3):
             ema.update(model, step)
@@ -162,7 +164,6 @@ USES = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Casting complex values to real")
 @pytest.mark.parametrize("use", USES)
 def test_nothing_of_the_process_is_touched(backend, use):
     model = Net()
