@@ -390,8 +390,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
     add("--seconds", type=number(float, 0), default=DEFAULT_SECONDS, help="for all (%(default)s)")
     add("--threads", type=number(int, 1), help="of torch, on the CPU")
-    add("--json", type=Path, metavar="FILE", help="write one record a measurement")
-    add("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
+    report.add_json(parser)
+    report.add_plot(parser)
     return parser
 
 

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -190,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
     report.add_device(parser)
     add("--sizes", type=number(int, 1), nargs="+", default=SIZES, help="numbers of tensors")
     add("--seconds", type=number(float, 0), default=_SECONDS, help="for all (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    report.add_json(parser)
     args = parser.parse_args(argv)
     device = report.device_of(parser, args)
     num_threads = torch.get_num_threads()

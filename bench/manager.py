@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -348,7 +347,7 @@ def main(argv: Sequence[str]) -> int:
     )
     report.add_device(parser)
     add("--threads", type=number(int, 1), default=1, help="of torch, on the CPU (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    report.add_json(parser)
     args = parser.parse_args(argv)
     device = report.device_of(parser, args)
     torch.set_num_threads(args.threads)

@@ -1,6 +1,7 @@
 """What comes out: records, the JSON file, tables and plots; and what all commands share."""
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -46,6 +47,57 @@ def device_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> torc
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA GPU here; use --device cpu")
     return torch.device(args.device)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Gives a command its --json; a place that can't be written is an error before any run."""
+    text = "write everything as one JSON object"
+    parser.add_argument("--json", type=_json_path, metavar="FILE", help=text)
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    """Gives a command its --plot; likewise."""
+    text = "draw PATH.png and PATH.svg"
+    parser.add_argument("--plot", type=_plot_path, metavar="PATH", help=text)
+
+
+def _json_path(text: str) -> Path:
+    _check_writable(Path(text))
+    return Path(text)
+
+
+def _plot_path(text: str) -> Path:
+    path = Path(text)
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"'{text}' is a folder; name the files in it")
+    for file in _plot_files(path):
+        _check_writable(file)
+    return path
+
+
+def _check_writable(given: Path) -> None:
+    """Raises before a run what would end it, and leaves nothing behind."""
+    path = Path(os.path.realpath(given))
+    made: list[Path] = []
+    try:
+        for folder in reversed(path.parents):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        if not path.exists():
+            path.open("xb").close()
+            path.unlink()
+        elif path.is_file() or path.is_dir():
+            path.open("ab").close()
+        elif not os.access(path, os.W_OK):  # A pipe, say: opening it would wait for a reader.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{str(given)!r} can't be written ({error.strerror}); choose another place"
+        ) from error
+    finally:
+        for folder in reversed(made):
+            folder.rmdir()
 
 
 # ---- records
@@ -564,7 +616,7 @@ def style(axis: Any, values: Literal["x", "y"]) -> None:
 def save(figure: Any, path: Path) -> list[Path]:
     """Writes and closes a figure: `path`.png and `path`.svg, which it returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
+    files = _plot_files(path)
     figure.savefig(files[0], dpi=150)
     figure.savefig(files[1], metadata={"Date": None})
     pyplot().close(figure)
@@ -578,3 +630,7 @@ def find(package: str) -> ModuleType | None:
         return importlib.import_module(package)
     except ImportError:
         return None
+
+
+def _plot_files(path: Path) -> list[Path]:
+    return [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]

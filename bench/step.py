@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -373,7 +372,7 @@ def main(argv: Sequence[str]) -> int:
     add("--tiny", action="store_true", help="small stacks, for a look at the command itself")
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
     add("--seconds", type=number(float, 0), default=_SECONDS, help="for all (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    report.add_json(parser)
     args = parser.parse_args(argv)
     device = report.device_of(parser, args)
     models = args.models or list(SIZES)

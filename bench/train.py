@@ -413,8 +413,8 @@ def main(argv: Sequence[str]) -> int:
     add("--interval", type=number(int, 1), default=defaults.interval, help="(%(default)s)")
     add("--seed", type=number(int, 0), default=defaults.seed, help="of weights and batches")
     add("--threads", type=number(int, 1), default=1, help="of torch (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
-    add("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
+    report.add_json(parser)
+    report.add_plot(parser)
     args = parser.parse_args(argv)
     if report.find("sklearn") is None:
         parser.error("the digits come with scikit-learn: pip install scikit-learn")

@@ -12,6 +12,7 @@ functions of this module, so they print what they are, and pickle.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -114,19 +115,26 @@ def inverse_gamma(
     gamma: float = 1.0,
     exponent: float = 2 / 3,
     max_momentum: float = 1.0,
+    after: int | None = None,
 ) -> Schedule:
     """``m(i) = (1 + i / gamma) ** -exponent``, within ``[M, max_momentum]``.
 
+    With ``after=k`` 1 up to iteration k, a copy, and then ``(1 + (i - k) / gamma) ** -exponent``
+    within the same bounds.
+
     Source: the warm-up of timm's ModelEmaV3, diffusers' EMAModel and ema-pytorch (decay ``1 - (1 +
-    t / inv_gamma) ** -power``), whose defaults these are. They reach t = 0 one step later than
-    iteration 0, and copy until then. With gamma 1, an exponent of 2/3 suits runs of a million
-    iterations and 3/4 shorter ones: momentum 1e-4 is reached at 1,000,000 and at 215,443.
+    t / inv_gamma) ** -power``), whose defaults these are; their ``update_after_step`` is ``after``,
+    by default 0 with the first two and 100 with ema-pytorch. ema-pytorch updates at iterations 0,
+    k, 2 k for its ``update_every=k``: offer it ``update(iteration=i + k - 1)``, and add ``k - 1``
+    to ``after``. With gamma 1, an exponent of 2/3 suits runs of a million iterations and 3/4
+    shorter ones: momentum 1e-4 is reached at 1,000,000 and at 215,443.
 
     Args:
         momentum: M, the least momentum, in [0, max_momentum].
         gamma: Iterations. More than 0.
         exponent: More than 0.
         max_momentum: In [0, 1].
+        after: The last iteration that copies, a whole number from 0; None for none.
 
     Raises:
         ValueError: A setting outside of its range.
@@ -148,18 +156,21 @@ def inverse_gamma(
         high=high,
         gamma=positive("schedules.inverse_gamma", "gamma", gamma),
         exponent=positive("schedules.inverse_gamma", "exponent", exponent),
+        after=None if after is None else count("schedules.inverse_gamma", "after", after, 0),
     )
 
 
-def ramp(momentum: float = 1e-4, warm_up: float = 10) -> Schedule:
-    """``m(i) = max(M, (warm_up - 1) / (warm_up + i))``.
+def ramp(momentum: float = 1e-4, warm_up: float = 10, first: int = 0) -> Schedule:
+    """``m(i) = max(M, (warm_up - 1) / (warm_up + n))`` with ``n = i + first``.
 
     Source: the decay ``min(D, (1 + n) / (10 + n))`` of TensorFlow's ExponentialMovingAverage,
-    which torch_ema, diffusers and the LitEma of latent diffusion models took over.
+    which torch_ema, diffusers and the LitEma of latent diffusion models took over. torch_ema and
+    LitEma count n from 1; diffusers counts it from 0, and copies there.
 
     Args:
         momentum: M, the least momentum, in [0, 1].
         warm_up: The 10 of the formula, at least 1.
+        first: The n of iteration 0, a whole number from 0.
 
     Raises:
         ValueError: A setting outside of its range.
@@ -171,7 +182,10 @@ def ramp(momentum: float = 1e-4, warm_up: float = 10) -> Schedule:
     if positive("schedules.ramp", "warm_up", warm_up) < 1:
         raise ValueError(f"fused_ema.schedules.ramp: warm_up is {warm_up}; it must be at least 1")
     return partial(
-        _ramp, momentum=fraction("schedules.ramp", "momentum", momentum), warm_up=float(warm_up)
+        _ramp,
+        momentum=fraction("schedules.ramp", "momentum", momentum),
+        warm_up=float(warm_up),
+        first=count("schedules.ramp", "first", first, 0),
     )
 
 
@@ -262,31 +276,49 @@ def swa() -> Schedule:
     return _swa
 
 
-def half_life(iterations: float, interval: int = 1, ramp_up: float | None = None) -> Schedule:
+def half_life(
+    iterations: float,
+    interval: int = 1,
+    ramp_up: float | None = None,
+    counts_itself: bool = True,
+) -> Schedule:
     """``m(i) = 1 - 2 ** (-interval / H)``: after H iterations an old value weighs half.
 
-    Source: Composer's EMA (constant H); with ``ramp_up`` the ``H = min(iterations, ramp_up * (i +
-    1))`` of StyleGAN3 and of EDM2's traditional EMA, where 0.05 and 0.09 are the values. To count
-    images or tokens, divide by how many of them an iteration has.
+    With ``ramp_up`` the half-life is ``H = min(iterations, ramp_up * n)``, where n is ``i + 1``, or
+    without ``counts_itself`` ``i + 1 - interval``; where H is 0, m is 1, a copy.
+
+    Source: Composer's EMA (constant H); with ``ramp_up`` EDM2's TraditionalEMA, which counts the
+    update's own images (ramp_up 0.09); without ``counts_itself`` the training loops of StyleGAN3
+    and EDM, which count them after the update (0.05). To count images or tokens, divide by how many
+    of them an iteration has.
 
     Args:
         iterations: The half-life, in iterations. More than 0.
         interval: Iterations from update to update, a whole number from 1.
         ramp_up: The half-life is at most this fraction of the iterations so far. More than 0, or
             None for none.
+        counts_itself: Whether the iterations so far include those of the update itself. The momenta
+            of the first dozens of iterations differ by up to 0.04.
 
     Raises:
+        TypeError: ``counts_itself`` is neither True nor False.
         ValueError: A setting outside of its range.
 
     Example:
         >>> round(half_life(1000)(0), 6), round(half_life(1000, interval=1000)(0), 6)
         (0.000693, 0.5)
     """
+    if not isinstance(counts_itself, bool):
+        raise TypeError(
+            "fused_ema.schedules.half_life: counts_itself is a "
+            f"{type(counts_itself).__name__}; pass True or False"
+        )
     return partial(
         _half_life,
         iterations=positive("schedules.half_life", "iterations", iterations),
         interval=count("schedules.half_life", "interval", interval, 1),
         ramp_up=None if ramp_up is None else positive("schedules.half_life", "ramp_up", ramp_up),
+        counts_itself=counts_itself,
     )
 
 
@@ -330,16 +362,21 @@ def composed(momentum: float | Schedule, interval: int) -> Schedule:
         interval: Iterations from update to update, a whole number from 1.
 
     Raises:
-        ValueError: A setting outside of its range.
+        TypeError: M is neither a number nor a schedule. From the schedule made here: M returned no
+            number.
+        ValueError: A setting outside of its range. From the schedule made here: M returned a number
+            outside of [0, 1].
 
     Example:
         >>> round(composed(0.0002, interval=10)(9), 8)
         0.0019982
     """
-    schedule = momentum if callable(momentum) else constant(momentum)
-    return partial(
-        _composed, schedule=schedule, interval=count("schedules.composed", "interval", interval, 1)
-    )
+    where = "schedules.composed"
+    if callable(momentum):
+        schedule = _schedule(where, "momentum", momentum)
+    else:
+        schedule = partial(_constant, momentum=fraction(where, "momentum", momentum))
+    return partial(_composed, schedule=schedule, interval=count(where, "interval", interval, 1))
 
 
 def per_update(schedule: Schedule, interval: int = 1, begin: int = 0) -> Schedule:
@@ -353,6 +390,7 @@ def per_update(schedule: Schedule, interval: int = 1, begin: int = 0) -> Schedul
         begin: The iteration from which on updates run, a whole number from 0.
 
     Raises:
+        TypeError: No function of one number.
         ValueError: A setting outside of its range.
 
     Example:
@@ -362,8 +400,36 @@ def per_update(schedule: Schedule, interval: int = 1, begin: int = 0) -> Schedul
     interval = count("schedules.per_update", "interval", interval, 1)
     begin = count("schedules.per_update", "begin", begin, 0)
     return partial(
-        _per_update, schedule=schedule, interval=interval, first=(begin + interval) // interval
+        _per_update,
+        schedule=_schedule("schedules.per_update", "schedule", schedule),
+        interval=interval,
+        first=(begin + interval) // interval,
     )
+
+
+def _schedule(where: str, name: str, given: Schedule) -> Schedule:
+    """A function of one number. It isn't called: it may have no value but where it is needed."""
+    if not callable(given):
+        raise TypeError(
+            f"fused_ema.{where}: {name} is a {type(given).__name__}; pass a schedule, such as "
+            "fused_ema.schedules.swa()"
+        )
+    made_here = [maker for maker in __all__ if globals()[maker] is given]
+    if made_here:
+        raise TypeError(
+            f"fused_ema.{where}: {name} is the function schedules.{made_here[0]} itself, which "
+            "makes schedules; call it, and pass what it returns"
+        )
+    try:
+        inspect.signature(given).bind(0)
+    except ValueError:  # It is written in C, and doesn't tell.
+        pass
+    except TypeError as error:
+        raise TypeError(
+            f"fused_ema.{where}: {name} can't be called with one number, the iteration ({error}); "
+            "pass a function of it"
+        ) from error
+    return given
 
 
 # ---- what the schedules compute
@@ -382,13 +448,23 @@ def _linear(iteration: int, *, limit: float, warm_up: float) -> float:
 
 
 def _inverse_gamma(
-    iteration: int, *, low: float, high: float, gamma: float, exponent: float
+    iteration: int,
+    *,
+    low: float,
+    high: float,
+    gamma: float,
+    exponent: float,
+    after: int | None = None,
 ) -> float:
+    if after is not None:
+        if iteration <= after:
+            return 1.0
+        iteration -= after
     return min(high, max(low, math.pow(1 + iteration / gamma, -exponent)))
 
 
-def _ramp(iteration: int, *, momentum: float, warm_up: float) -> float:
-    return max(momentum, (warm_up - 1) / (warm_up + iteration))
+def _ramp(iteration: int, *, momentum: float, warm_up: float, first: int = 0) -> float:
+    return max(momentum, (warm_up - 1) / (warm_up + iteration + first))
 
 
 def _annealing(iteration: int, *, momentum: float, gamma: float) -> float:
@@ -408,9 +484,19 @@ def _swa(iteration: int) -> float:
     return 1 / (iteration + 1)
 
 
-def _half_life(iteration: int, *, iterations: float, interval: int, ramp_up: float | None) -> float:
+def _half_life(
+    iteration: int,
+    *,
+    iterations: float,
+    interval: int,
+    ramp_up: float | None,
+    counts_itself: bool = True,
+) -> float:
     if ramp_up is not None:
-        iterations = min(iterations, ramp_up * (iteration + 1))
+        so_far = iteration + 1 if counts_itself else iteration + 1 - interval
+        iterations = min(iterations, ramp_up * so_far)
+        if iterations <= 0:
+            return 1.0
     return -math.expm1(-interval / iterations * math.log(2))
 
 
@@ -421,7 +507,8 @@ def _power(iteration: int, *, exponent: float, interval: int) -> float:
 
 
 def _composed(iteration: int, *, schedule: Schedule, interval: int) -> float:
-    momentum = schedule(iteration)
+    where = "schedules.composed"
+    momentum = fraction(where, f"the momentum of iteration {iteration}", schedule(iteration))
     return 1.0 if momentum == 1 else -math.expm1(interval * math.log1p(-momentum))
 
 

@@ -210,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--max-elements", type=number(int, 1), default=_MAX_ELEMENTS, help="(%(default)s)")
     add("--launch-only", action="store_true", help=argparse.SUPPRESS)
-    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    report.add_json(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU here, and only a GPU has counters")

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -179,7 +178,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("--cases", type=report.names(cases.names(), "case"), help="lists of tensors to run on")
     add("--max-elements", type=number(int, 1), default=MAX_ELEMENTS, help="(%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    report.add_json(parser)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU here, and only a GPU has launches to count")

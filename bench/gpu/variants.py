@@ -619,7 +619,7 @@ def main(argv: Sequence[str]) -> int:
     add("--max-elements", type=number(int, 1), default=_MAX_ELEMENTS, help="(%(default)s)")
     add("--rounds", type=number(int, 1), help="exactly so many, instead of as time allows")
     add("--seconds", type=number(float, 0), default=_SECONDS, help="for all (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write everything as one JSON object")
+    report.add_json(parser)
     args = parser.parse_args(argv)
     if not args.build_only and not torch.cuda.is_available():
         parser.error("torch sees no CUDA GPU here; --build-only needs none")

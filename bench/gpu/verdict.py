@@ -512,14 +512,19 @@ def main(argv: Sequence[str]) -> int:
         "files", type=Path, nargs="+", help="JSON files of python -m bench; or .jsonl of builds"
     )
     parser.add_argument("--markdown", action="store_true", help="tables for the README as well")
-    parser.add_argument("--plot", type=Path, metavar="PATH", help="draw PATH.png and PATH.svg")
+    report.add_plot(parser)
     args = parser.parse_args(argv)
     if args.plot and (reason := report.why_no_plot()):
         parser.error(f"--plot {reason}")
-    contents, chosen, runs = read(args.files)
-    if bool(chosen) != bool(runs):
-        parser.error("builds in turn need both: .jsonl files, and the JSON file of those chosen")
-    found = [builds(chosen, runs)] if chosen else []
+    try:
+        contents, chosen, runs = read(args.files)
+        if bool(chosen) != bool(runs):
+            raise ValueError(
+                "builds in turn need both: .jsonl files, and the JSON file of those chosen"
+            )
+        found = [builds(chosen, runs)] if chosen else []
+    except ValueError as error:
+        parser.error(str(error))
     for shown in found:
         report.show(shown)
     missed = False
@@ -540,16 +545,34 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read(files: Iterable[Path]) -> tuple[list[dict[str, Any]], list[Record], list[list[Record]]]:
-    """What the files hold: records with their environment, chosen builds, runs of builds."""
+    """What the files hold: records with their environment, chosen builds, runs of builds.
+
+    Raises:
+        ValueError: A file can't be read, is no JSON, or holds something else.
+    """
     contents: list[dict[str, Any]] = []
     chosen: list[Record] = []
     runs: list[list[Record]] = []
     for path in files:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            runs.append([json.loads(line) for line in text.splitlines()])
-        elif "chosen" in (content := json.loads(text)):
+        try:
+            text = path.read_text(encoding="utf-8")
+            is_run = path.suffix == ".jsonl"
+            content = (
+                [json.loads(line) for line in text.splitlines()] if is_run else json.loads(text)
+            )
+        except OSError as error:
+            raise ValueError(f"'{path}' can't be read ({error.strerror})") from error
+        except ValueError as error:
+            what = f"no JSON ({error})" if text.strip() else "empty"
+            raise ValueError(f"'{path}' is {what}; pass what a run wrote with --json") from error
+        if is_run and content and all(isinstance(r, dict) and "variant" in r for r in content):
+            runs.append(content)
+        elif isinstance(content, dict) and "chosen" in content:
             chosen += content["chosen"]
-        else:
+        elif isinstance(content, dict) and "device" in (content.get("environment") or ()):
             contents.append(content)
+        else:
+            raise ValueError(
+                f"'{path}' isn't of python -m bench; pass what a run wrote with --json"
+            )
     return contents, chosen, runs

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from fused_ema.manager import EMAManager
 
 # These need the model.
 _OF_THE_MODEL = ("ema_dtype", "device", "skip_frozen", "include", "exclude")
+
+
+class _Smallest(nn.Module):
+    """A model to try options on. Of zeros: a layer's initialisation would draw random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float32, device="cpu"))
 
 
 def checked(**options: Any) -> dict[str, Any]:
@@ -19,5 +28,5 @@ def checked(**options: Any) -> dict[str, Any]:
         TypeError: As EMAManager.
         ValueError: As EMAManager.
     """
-    EMAManager(nn.Linear(1, 1), **{k: v for k, v in options.items() if k not in _OF_THE_MODEL})
+    EMAManager(_Smallest(), **{k: v for k, v in options.items() if k not in _OF_THE_MODEL})
     return options

@@ -322,37 +322,6 @@ class _Swap:
         _storage.copy([d for d, _ in back], [s for _, s in back])
 
 
-class ModuleFollower(_pairs.Follower):
-    """A follower that notices a buffer assigned anew, whether persistent or not."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._passing: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
-
-    def pairs(self, model: nn.Module) -> _pairs.Pairs:
-        """The pairs with this model; as Follower's.
-
-        Raises:
-            ValueError: As Follower's.
-        """
-        # A model may assign those in every forward, so they are no part of what Follower watches.
-        if any(owner.get(key) is not tensor for owner, key, tensor in self._passing):
-            self._model = None
-        was = self._pairs
-        pairs = super().pairs(model)
-        if pairs is not was:
-            averaged, live = self._tensors_of(self._averaged), self._tensors_of(model)
-            followed = {id(None), *(id(t) for _, t in (*averaged, *live))}
-            self._passing = [
-                (module._buffers, key, module._buffers.get(key))
-                for side in (self._averaged, model)
-                for module in side.modules()
-                for key in module._non_persistent_buffers_set
-                if id(module._buffers.get(key)) in followed
-            ]
-        return pairs
-
-
 class ModuleCopy(nn.Module):
     """A module that holds the averaged copy of another one.
 

@@ -198,8 +198,8 @@ class AveragedModel(_shadow.ModuleCopy):
         self._counted = None
         self._follows_buffers = self.use_buffers
         averaged, copied = (_members, _none) if self.use_buffers else (_params, _buffers)
-        self._averaged = _shadow.ModuleFollower(self.module, averaged)
-        self._copied = _shadow.ModuleFollower(self.module, copied)
+        self._averaged = _pairs.Follower(self.module, averaged, follows_passing=True)
+        self._copied = _pairs.Follower(self.module, copied, only_copied=True, follows_passing=True)
 
     def update_parameters(self, model: nn.Module) -> None:
         """Takes a model's values into the average; after each optimizer step.

@@ -7,13 +7,14 @@ evaluate(model_ema)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 
 from fused_ema import _checks, _tracking
-from fused_ema.hooks import _shadow
+from fused_ema.hooks import _pairs, _shadow
 from fused_ema.ops import Form
 
 _WHERE = "hooks.timm.ModelEmaV3"
@@ -30,10 +31,11 @@ class ModelEmaV3(_shadow.ModuleCopy):
 
     ``state_dict()`` has timm's keys and can be loaded by timm's class, and the other way round.
 
-    Different from timm's: tied weights are averaged once a step, not once a name; a model with
-    another number of tensors is an error; a bfloat16 average is rounded to nearest, where timm 1.0
-    rounds at random unless it is told not to. Small updates are lost in a bfloat16 average rounded
-    so: pass ``dtype=torch.float32``. It holds on to the model that was given last.
+    Arguments are those of timm 1.0.31, in its order. Different from timm's: tied weights are
+    averaged once a step, not once a name; a model with another number of tensors is an error; a
+    bfloat16 average is rounded to nearest, where timm 1.0 rounds at random unless it is told not
+    to. Small updates are lost in a bfloat16 average rounded so: pass ``dtype=torch.float32``. It
+    holds on to the model that was given last.
 
     Args:
         model: Copied; the copy is in evaluation mode.
@@ -44,19 +46,22 @@ class ModelEmaV3(_shadow.ModuleCopy):
         warmup_gamma: Steps that scale the warm-up, above 0.
         warmup_power: The warm-up's exponent, above 0.
         device: Of the average; None for the model's.
+        dtype: Of the average; None for the model's. Dtype pairs that :func:`fused_ema.update_` has
+            no kernel for, as bfloat16 with float32, are averaged by torch's own functions.
+        stochastic_rounding: True only where no average is bfloat16: there it makes no difference.
+        stochastic_rounding_seed: Makes no difference.
         foreach: Which of timm's two loops to agree with where ``dtype`` isn't the model's: the
-            same bits otherwise.
+            same bits otherwise. As with timm off where ``device`` isn't the very
+            ``torch.device`` of the model's first parameter.
         exclude_buffers: Copy the buffers, also those that aren't persistent, instead of averaging
             them.
-        dtype: Of the average; None for the model's.
-        stochastic_rounding: Only False.
 
     Attributes:
         module: The averaged copy.
 
     Raises:
         TypeError: The model is no module, a setting no number.
-        ValueError: A setting outside of its range.
+        ValueError: A setting outside of its range; ``stochastic_rounding`` of bfloat16 averages.
     """
 
     def __init__(
@@ -69,21 +74,16 @@ class ModelEmaV3(_shadow.ModuleCopy):
         warmup_gamma: float = 1.0,
         warmup_power: float = 2 / 3,
         device: torch.device | str | None = None,
-        *,
-        foreach: bool = True,
-        exclude_buffers: bool = False,
         dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
+        stochastic_rounding_seed: int = 0,
+        foreach: bool = True,
+        exclude_buffers: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"fused_ema.{_WHERE}: model is a {type(model).__name__}; pass a torch.nn.Module"
-            )
-        if stochastic_rounding:
-            raise ValueError(
-                f"fused_ema.{_WHERE}: stochastic_rounding is True, which isn't there; pass "
-                "dtype=torch.float32, which keeps small updates exactly"
             )
         self.decay = _shadow.checked_decay(_WHERE, "decay", decay)
         self.min_decay = _shadow.checked_decay(_WHERE, "min_decay", min_decay)
@@ -95,28 +95,46 @@ class ModelEmaV3(_shadow.ModuleCopy):
         self.device = None if device is None else torch.empty(0, device=device).device
         self.dtype = dtype
         self.foreach = foreach
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        devices = {p.device for p in model.parameters()}
+        self.stochastic_rounding = stochastic_rounding
+        self.stochastic_rounding_seed = stochastic_rounding_seed
         self.module = deepcopy(model)
         self.module.eval()
-        if self.device is not None and devices != {self.device}:
-            self.foreach = False
+        if device is not None:
+            # As timm compares them: a string is never equal to a device.
+            first = next(model.parameters(), None)
+            self.foreach = foreach and first is not None and device == first.device
             self.module.to(device=self.device)
         if dtype is not None:
             self.module.to(dtype=dtype)
-        # Where the dtypes differ timm's foreach loop multiplies and adds, its other one is a lerp.
-        is_mixed = dtype is not None and dtypes != {dtype}
-        self._form: Form = "mul_add" if self.foreach and is_mixed else "lerp"
+        tensors_of = _params_of if exclude_buffers else _members_of
+        self._refuse_to_round(tensor.dtype for _, tensor in tensors_of(self.module))
         self._follow()
 
     def _follow(self) -> None:
-        self._members = _shadow.ModuleFollower(self.module, _members_of)
-        self._params = _shadow.ModuleFollower(self.module, _params_of)
-        self._buffers_too = _shadow.ModuleFollower(self.module, _buffers_of)
+        self._members = _pairs.Follower(self.module, _members_of, converts=True)
+        self._params = _pairs.Follower(self.module, _params_of, converts=True)
+        self._buffers_too = _pairs.Follower(
+            self.module, _buffers_of, only_copied=True, follows_passing=True
+        )
 
     def _follow_module(self) -> None:
         if self._members.is_of_another(self.module):
             self._follow()
+
+    def _refuse_to_round(self, dtypes: Iterable[torch.dtype]) -> None:
+        if self.stochastic_rounding and torch.bfloat16 in dtypes:
+            raise ValueError(
+                f"fused_ema.{_WHERE}: stochastic_rounding is True, which isn't there for averages "
+                "in bfloat16; pass dtype=torch.float32, which keeps small updates exactly, or "
+                "stochastic_rounding=False to round to nearest"
+            )
+
+    def _average(self, pairs: _pairs.Pairs, decay: float) -> None:
+        self._refuse_to_round(average for average, _ in pairs.dtypes)
+        # Where the dtypes differ timm's foreach loop multiplies and adds, its other one is a lerp.
+        form: Form = "mul_add" if self.foreach and pairs.are_mixed else "lerp"
+        pairs.update(1.0 - decay, form)
+        pairs.copy_others()
 
     def get_decay(self, step: int | None = None) -> float:
         """The decay of an update.
@@ -145,9 +163,9 @@ class ModelEmaV3(_shadow.ModuleCopy):
             step: The number of optimizer steps done; None for no delay and no warm-up.
 
         Raises:
-            TypeError: A dtype pair that can't be averaged.
+            TypeError: A floating-point average of complex or integer values.
             ValueError: Another number of tensors than was copied, or other shapes; as
-                :meth:`get_decay`.
+                :meth:`get_decay`; ``stochastic_rounding`` of bfloat16 averages.
         """
         decay = self.get_decay(step)
         if self.exclude_buffers:
@@ -167,9 +185,7 @@ class ModelEmaV3(_shadow.ModuleCopy):
             ValueError: As :meth:`update`.
         """
         self._follow_module()
-        pairs = self._members.pairs(model)
-        pairs.update(1.0 - decay, self._form)
-        pairs.copy_others()
+        self._average(self._members.pairs(model), decay)
 
     def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
         """Averages parameters and copies buffers.
@@ -184,8 +200,7 @@ class ModelEmaV3(_shadow.ModuleCopy):
         """
         self._follow_module()
         params, buffers = self._params.pairs(model), self._buffers_too.pairs(model)
-        params.update(1.0 - decay, self._form)
-        params.copy_others()
+        self._average(params, decay)
         buffers.copy()
 
     def set(self, model: nn.Module) -> None:

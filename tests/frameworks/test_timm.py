@@ -85,6 +85,85 @@ def test_a_float32_average_of_a_narrow_model(backend, dtype, foreach, exclude_bu
     assert ours.module.scale.dtype == torch.float32
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("options", [{}, {"exclude_buffers": True}, {"foreach": False}])
+@pytest.mark.parametrize("place", [None, "cpu", torch.device("cpu")], ids=str)
+@pytest.mark.parametrize("average", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed", "other buffers"], ids=str)
+def test_an_average_of_any_dtype_of_any_model(backend, dtype, average, place, options):
+    model = untied(dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    del model.table  # A complex buffer becomes real.
+    if dtype == "mixed":
+        model.body.to(torch.bfloat16)
+        model.embedding.to(torch.float16)
+        model.scale.data = model.scale.data.double()
+    if dtype == "other buffers":
+        model.body[1].running_var = model.body[1].running_var.to(torch.bfloat16)
+    settings = {"decay": 0.9, "dtype": average, "device": place, **options}
+    ours, theirs = ModelEmaV3(model, **settings), theirs_of(model, **settings)
+    assert ours.foreach is theirs.foreach
+    for step in range(4):
+        move(model, step)
+        model.body[1].running_mean = model.body[1].running_mean.clone()
+        model.bytes = model.bytes.clone()
+        ours.update(model)
+        theirs.update(model)
+        assert_same(all_of(ours), all_of(theirs))
+    move(model, 9)
+    ours.set(model)
+    theirs.set(model)
+    assert_same(all_of(ours), all_of(theirs))
+
+
+def test_arguments_by_position_and_those_that_make_no_difference(backend):
+    model = untied(torch.bfloat16)
+    del model.table
+    given = (model, 0.8, 0.1, 1, True, 2.0, 0.7, None, torch.float32, True, 3, False, True)
+    ours, theirs = ModelEmaV3(*given), Theirs(*given)
+    for name in ("decay", "min_decay", "update_after_step", "use_warmup", "warmup_gamma"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    for name in ("dtype", "stochastic_rounding", "stochastic_rounding_seed", "foreach"):
+        assert getattr(ours, name) == getattr(theirs, name)
+    for step in range(5):
+        move(model, step)
+        ours.update(model, step)
+        theirs.update(model, step)
+        assert_same(all_of(ours), all_of(theirs))
+
+
+def test_stochastic_rounding_is_refused_where_it_would_act():
+    narrow, wide = untied(torch.bfloat16), untied()
+    del narrow.table, wide.table
+    ModelEmaV3(wide, stochastic_rounding=True, dtype=torch.float16)
+    for options in ({"model": narrow}, {"model": wide, "dtype": torch.bfloat16}):
+        with pytest.raises(ValueError, match=r"pass dtype=torch\.float32, which keeps"):
+            ModelEmaV3(stochastic_rounding=True, **options)
+    ours = ModelEmaV3(wide, stochastic_rounding=True)
+    ours.to(torch.bfloat16)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    move(wide, 1)
+    with pytest.raises(ValueError, match="stochastic_rounding is True"):
+        ours.update(wide)
+    assert_same(ours.state_dict(), before)
+    # In buffers that are copied nothing is rounded.
+    wide.body[1].running_mean = wide.body[1].running_mean.bfloat16()
+    ModelEmaV3(wide, stochastic_rounding=True, exclude_buffers=True).update(wide)
+
+
+@pytest.mark.filterwarnings("ignore:Casting complex", "ignore:Complex modules")  # Once a process.
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_complex_buffer_whose_average_was_made_real_is_an_error(foreach):
+    model = untied()
+    ours = ModelEmaV3(model, dtype=torch.float32, foreach=foreach)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    move(model, 1)
+    with pytest.raises(TypeError, match=r"'table'\) is torch\.complex64"):
+        ours.update(model)
+    assert_same(ours.state_dict(), before)
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_the_decay_at_a_step(options):
     settings = OPTIONS[options]
@@ -187,7 +266,6 @@ def test_another_averaged_module_is_followed(exclude_buffers):
         ({"update_after_step": -1}, ValueError, "update_after_step is -1"),
         ({"warmup_gamma": 0}, ValueError, "warmup_gamma is 0"),
         ({"warmup_power": float("inf")}, ValueError, "warmup_power is inf"),
-        ({"stochastic_rounding": True}, ValueError, r"pass dtype=torch\.float32"),
         ({"momentum": 0.1}, TypeError, "unexpected keyword"),
     ],
 )
