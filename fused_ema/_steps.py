@@ -52,9 +52,9 @@ def hookable(title: str, optimizer: object) -> torch.optim.Optimizer:
 
 
 def register(
-    optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[], None]
+    optimizer: torch.optim.Optimizer, before: Callable[[], None], after: Callable[[object], None]
 ) -> RemovableHandle:
-    """Calls before() and after() at each step of a hookable optimizer, once however it is built.
+    """Calls before(), and after() with the optimizer, at each step of one that is hookable.
 
     A step that calls its base class's runs torch's hooks twice where both are prepared for them.
     """
@@ -65,7 +65,7 @@ def register(
 
     def after_step(optimizer: object, args: object, kwargs: object) -> None:
         if not _is_inside_another(sys._getframe(1), optimizer):
-            after()
+            after(optimizer)
 
     pre, post = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     handle = RemovableHandle(post, extra_dict=pre)

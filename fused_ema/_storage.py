@@ -187,4 +187,6 @@ def with_own_storage(tensor: Tensor) -> Tensor:
 
 def is_same_memory(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors begin at one place, in one dtype."""
-    return a.device == b.device and a.data_ptr() == b.data_ptr() and a.dtype == b.dtype
+    if not (has_plain_memory(a) and has_plain_memory(b)) or a.dtype != b.dtype:
+        return False
+    return a.device == b.device and a.data_ptr() == b.data_ptr()

@@ -310,8 +310,8 @@ class EMAManager:
                 "of the first call, or keep that one"
             )
 
-        def after_step() -> None:
-            if not was_skipped(found):
+        def after_step(optimizer: object) -> None:
+            if not was_skipped(optimizer):
                 self.update()
 
         handle = _steps.register(found, lambda: self._refuse_update("optimizer.step"), after_step)

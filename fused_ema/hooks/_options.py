@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fused_ema import _tracking
 from fused_ema.manager import EMAManager
 
 # These need the model.
-_OF_THE_MODEL = ("ema_dtype", "device", "skip_frozen", "include", "exclude")
+_OF_THE_MODEL = ("ema_dtype", "device", "skip_frozen", "include", "exclude", "buffers")
 
 
 class _Smallest(nn.Module):
@@ -28,5 +29,8 @@ def checked(**options: Any) -> dict[str, Any]:
         TypeError: As EMAManager.
         ValueError: As EMAManager.
     """
+    if not (options["skip_buffers"] or options["copy_buffers"] or options["buffers"]):
+        options["buffers"] = "average"  # As these callbacks have always done.
+    _tracking.Buffers.parse(options["buffers"] or "auto")
     EMAManager(_Smallest(), **{k: v for k, v in options.items() if k not in _OF_THE_MODEL})
     return options

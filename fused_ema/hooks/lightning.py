@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _tracking, state
+from fused_ema import _steps, _tracking, state
+from fused_ema._tracking import BufferMode
 from fused_ema.hooks import _options, required
 from fused_ema.manager import EMAManager, was_skipped
 from fused_ema.ops import Form
@@ -78,10 +79,11 @@ class EMA(_Callback):
         begin: The first iteration that averages; before it the average follows by copy.
         ema_dtype: Of averages; None for float32 where the param is narrower.
         device: Of averages; None for each param's.
-        copy_buffers: Copy buffers at every update instead of averaging them.
+        copy_buffers: The same as ``buffers="copy"``.
         skip_frozen: Leave out parameters that don't require a gradient when ``fit`` starts.
         include: Track only names that match one of these shell patterns.
         exclude: Leave out names that match one of these.
+        buffers: As in :class:`fused_ema.EMAManager`; None is ``"average"``, the reference's rule.
         deploy: Which weights the ``state_dict`` of a checkpoint, and the model after ``fit``, hold:
             ``"ema"``, or ``"raw"`` with the average kept beside.
 
@@ -110,6 +112,7 @@ class EMA(_Callback):
         skip_frozen: bool = False,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
+        buffers: BufferMode | Mapping[str, BufferMode] | None = None,
         deploy: Literal["ema", "raw"] = "ema",
     ) -> None:
         super().__init__()
@@ -128,6 +131,7 @@ class EMA(_Callback):
             skip_frozen=skip_frozen,
             include=include,
             exclude=exclude,
+            buffers=buffers,
         )
         self._deploy = deploy
         self._manager: EMAManager | None = None
@@ -195,7 +199,8 @@ class EMA(_Callback):
         self._pending = self._pending_of_lightning = None
         self._manager = manager
         self._remove_handles()
-        optimizers = [opt for opt in trainer.optimizers if isinstance(opt, torch.optim.Optimizer)]
+        found = [_hookable(optimizer) for optimizer in trainer.optimizers]
+        optimizers = [optimizer for optimizer in found if optimizer is not None]
         self._handles = [opt.register_step_post_hook(self._note_step) for opt in optimizers]
         self._asks_optimizers = bool(optimizers) and len(optimizers) == len(trainer.optimizers)
 
@@ -395,3 +400,10 @@ def _with(
         key: next((named[name] for name in names_of.get(key, ()) if name in named), value)
         for key, value in values.items()
     }
+
+
+def _hookable(optimizer: object) -> torch.optim.Optimizer | None:
+    try:
+        return _steps.hookable(_TITLE, optimizer)
+    except TypeError:  # Then Lightning's own count of steps is all there is.
+        return None

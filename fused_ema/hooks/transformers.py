@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from fused_ema._tracking import BufferMode
 from fused_ema.hooks import _options, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
@@ -70,10 +71,11 @@ class EMACallback(_Callback):
         begin: The first step that averages; before it the average follows by copy.
         ema_dtype: Of averages; None for float32 where the param is narrower.
         device: Of averages; None for each param's.
-        copy_buffers: Copy buffers at every update instead of averaging them.
+        copy_buffers: The same as ``buffers="copy"``.
         skip_frozen: Leave out parameters that don't require a gradient when training starts.
         include: Track only names that match one of these shell patterns.
         exclude: Leave out names that match one of these.
+        buffers: As in :class:`fused_ema.EMAManager`; None is ``"average"``, the reference's rule.
         save_to: A directory for ``save_pretrained`` of the average when training ends; None for
             no such thing.
         start_anew: Where the checkpoint to resume from has no average, start it from the
@@ -105,6 +107,7 @@ class EMACallback(_Callback):
         skip_frozen: bool = False,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
+        buffers: BufferMode | Mapping[str, BufferMode] | None = None,
         save_to: str | os.PathLike[str] | None = None,
         start_anew: bool = False,
     ) -> None:
@@ -122,6 +125,7 @@ class EMACallback(_Callback):
             skip_frozen=skip_frozen,
             include=include,
             exclude=exclude,
+            buffers=buffers,
         )
         self._save_to = save_to
         self._start_anew = start_anew

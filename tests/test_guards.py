@@ -1,0 +1,356 @@
+"""What must never be silent: values cached, missing, shared, frozen, or in another unit."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import parametrizations, parametrize
+
+import fused_ema
+from fused_ema import EMAManager, ops, schedules
+from fused_ema.testing import assert_bits_equal
+
+
+def averaged(**settings):
+    """A layer whose average is another one, by more than bfloat16 rounds."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    ema = EMAManager(model, 0.5, **settings)
+    with torch.no_grad():
+        model.weight.add_(3)
+    ema.update()
+    return model, ema
+
+
+# ---- what torch keeps of the weights
+
+
+@pytest.mark.parametrize("write", ["swapped", "swap", "copy_to", "plan", "swap_", "copy_"])
+def test_autocast_sees_what_was_written(write):
+    model, ema = averaged()
+    x = torch.randn(2, 4)
+    emas, params = [dict(ema.named_emas())["weight"].clone()], [model.weight]
+    plan = fused_ema.Plan(emas, params)
+    want = functional.linear(*(t.bfloat16() for t in (x, emas[0], model.bias)))
+    raw = functional.linear(*(t.bfloat16() for t in (x, model.weight, model.bias)))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_bits_equal(model(x), raw)
+        if write == "swapped":
+            with ema.swapped():
+                assert_bits_equal(model(x), want)
+            assert_bits_equal(model(x), raw)
+            return
+        {
+            "swap": ema.swap,
+            "copy_to": lambda: ema.copy_to(model),
+            "plan": plan.swap,
+            "swap_": lambda: fused_ema.swap_(emas, params),
+            "copy_": lambda: fused_ema.copy_(params, emas),
+        }[write]()
+        assert_bits_equal(model(x), want)
+
+
+def test_parametrisations_that_are_cached():
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 3)))
+    ema = EMAManager(model, 0.5)
+    with torch.no_grad():
+        model[0].parametrizations.weight.original0.mul_(3)
+        ema.update()
+        x = torch.ones(1, 3)
+        raw = model(x)
+        with ema.swapped():
+            want = model(x)
+        with parametrize.cached():
+            assert torch.equal(model(x), raw)
+            with ema.swapped():
+                assert torch.equal(model(x), want)
+            assert torch.equal(model(x), raw)
+
+
+# ---- values that aren't there, or lie in one place
+
+
+def test_a_model_on_meta_is_refused_until_it_has_values():
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"'weight' is on the meta device .* to_empty\(\)"):
+        EMAManager(model, 0.1)
+    model.load_state_dict({"weight": torch.ones(4, 4), "bias": torch.ones(4)}, assign=True)
+    ema = EMAManager(model, 0.1)
+    model.to("meta")
+    with pytest.raises(ValueError, match="'weight' is on the meta device"):
+        ema.refresh()
+
+
+def test_copy_to_an_offloaded_model():
+    _, ema = averaged()
+    other = nn.Linear(4, 4)
+    other.bias = nn.Parameter(other.bias.to("meta"))
+    before = other.weight.detach().clone()
+    with pytest.raises(ValueError, match="'bias' is on the meta device"):
+        ema.copy_to(other)
+    assert torch.equal(other.weight, before)
+
+
+@pytest.mark.parametrize("mode", ["auto", "average", "copy"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.bool])
+def test_expanded_buffers_are_refused_by_name(mode, dtype):
+    model = nn.Linear(4, 4)
+    model.register_buffer("anchors", torch.ones(1, 12).to(dtype).expand(2, -1))
+    with pytest.raises(ValueError, match=r"'anchors' is expanded: .* a \.clone\(\) of it"):
+        EMAManager(model, 0.1, buffers=mode)
+    EMAManager(model, 0.1, exclude="anchors").update()
+    other = nn.Linear(4, 4)
+    other.register_buffer("anchors", torch.ones(2, 12).to(dtype))
+    ema = EMAManager(other, 0.1, buffers=mode)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"copy_to: 'anchors' is expanded"):
+        ema.copy_to(model)
+    assert torch.equal(model.weight, before)
+    other.anchors = torch.ones(1, 12).to(dtype).expand(2, -1)
+    with pytest.raises(ValueError, match=r"'anchors' is expanded"), ema.swapped():
+        pass
+
+
+def test_a_model_that_fsdp1_shards_is_refused():
+    class FullyShardedDataParallel(nn.Module):  # Making a real one takes a process group.
+        __module__ = "torch.distributed.fsdp.fully_sharded_data_parallel"
+
+        def __init__(self, module):
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    model = nn.Sequential(FullyShardedDataParallel(nn.Linear(2, 2)))
+    with pytest.raises(ValueError, match=r"'0' is sharded by FullyShardedDataParallel \(FSDP1\)"):
+        EMAManager(model, 0.1)
+    with pytest.raises(ValueError, match="FSDP1"):
+        EMAManager(nn.Sequential(nn.Linear(2, 2)), 0.1).copy_to(model)
+
+
+# ---- frozen
+
+
+def two_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[0].requires_grad_(False)
+    return model, EMAManager(model, 0.25, skip_frozen=True)
+
+
+@pytest.mark.parametrize("op", ["update", "swap", "reset", "load"])
+def test_a_part_that_is_unfrozen_is_noticed(op):
+    model, ema = two_layers()
+    state = ema.state_dict()
+    model[0].requires_grad_(True)
+    call = {"load": lambda: ema.load_state_dict(state)}.get(op, getattr(ema, op, None))
+    with pytest.raises(RuntimeError, match=r"'0.weight', '0.bias' were frozen .* refresh\(\)"):
+        call()
+    assert ema.refresh() == ["0.weight", "0.bias"]
+    before = {name: tensor.clone() for name, tensor in ema.named_emas()}
+    with torch.no_grad():
+        model[0].weight.add_(4)
+    ema.update()
+    assert torch.equal(
+        dict(ema.named_emas())["0.weight"], before["0.weight"].lerp(model[0].weight, 0.25)
+    )
+
+
+def test_what_is_frozen_later_stays_tracked():
+    model, ema = two_layers()
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    ema.update()
+    kept = dict(ema.named_emas())["1.weight"].clone()
+    model[1].requires_grad_(False)
+    model.register_buffer("late", torch.zeros(1))
+    says = r"\n  'late' is new: \[1\] float32 on cpu$"
+    with pytest.raises(RuntimeError, match=says), ema.swapped():
+        pass
+    assert ema.refresh() == ["late"]
+    emas = dict(ema.named_emas())
+    assert list(emas) == ["late", "1.weight", "1.bias"]
+    assert torch.equal(emas["1.weight"], kept)
+
+
+# ---- files
+
+
+def saved(what):
+    file = io.BytesIO()
+    torch.save(what, file)
+    return len(file.getvalue())
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_part_saves_at_its_own_size(is_swapped):
+    model = nn.Sequential(*[nn.Linear(200, 200) for _ in range(10)])
+    ema = EMAManager(model, 0.1)
+    if is_swapped:
+        ema.swap()
+    own = saved({"bias": torch.zeros(200)})
+    for found in (dict(ema.named_emas()), ema.state_dict()["ema"], ema.state_dict()["raw"]):
+        if found:
+            assert saved({"bias": found["0.bias"]}) <= own + 64
+            assert len(pickle.dumps(found["0.bias"])) < 2000
+            assert saved(found) < 1.1 * saved(model.state_dict())
+
+
+def test_what_is_handed_out_is_live_and_notices_a_write():
+    model, ema = averaged()
+    emas = dict(ema.named_emas())
+    x = torch.randn(2, 4, requires_grad=True)
+    loss = functional.linear(x, emas["weight"]).square().sum()
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update()
+    assert torch.equal(emas["weight"], dict(ema.named_emas())["weight"])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_tied_averages_share_their_memory():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    emas = dict(EMAManager(model, 0.1).named_emas())
+    storages = [emas[name].untyped_storage().data_ptr() for name in ("0.weight", "1.weight")]
+    assert storages[0] == storages[1]
+    sizes = [emas[name].untyped_storage().nbytes() for name in ("0.weight", "1.weight")]
+    assert sizes == [36, 36]
+
+
+def test_a_resume_with_a_new_buffer():
+    _, ema = averaged()
+    state = ema.state_dict()
+    state["ema"]["gone"] = torch.zeros(2)
+    state["ema_dtypes"]["gone"] = "float32"
+    grown = nn.Linear(4, 4)
+    grown.register_buffer("late", torch.full((2,), 7.0))
+    other = EMAManager(grown, 0.5)
+    with pytest.raises(ValueError, match=r"missing in 'ema': 'late'\n  surplus in 'ema': 'gone'"):
+        other.load_state_dict(state)
+    result = other.load_state_dict(state, strict=False)
+    assert (result.missing_keys, result.unexpected_keys) == (["late"], ["gone"])
+    emas = dict(other.named_emas())
+    assert torch.equal(emas["late"], grown.late)
+    assert torch.equal(emas["weight"], dict(ema.named_emas())["weight"])
+    assert (other.iteration, other.num_updates) == (1, 1)
+    # What is wrong with what is there is an error still.
+    state["ema"]["weight"] = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="'weight' in 'ema' has shape"):
+        other.load_state_dict(state, strict=False)
+
+
+def test_a_swapped_state_with_a_new_buffer():
+    model, ema = averaged()
+    ema.swap()
+    state = {k: dict(v) if isinstance(v, dict) else v for k, v in ema.state_dict().items()}
+    grown = nn.Linear(4, 4)
+    grown.register_buffer("late", torch.full((2,), 7.0))
+    grown.load_state_dict(model.state_dict(), strict=False)
+    other = EMAManager(grown, 0.5)
+    assert other.load_state_dict(state, strict=False).missing_keys == ["late"]
+    other.swap()
+    assert torch.equal(grown.weight, state["raw"]["weight"])
+    assert torch.equal(grown.late, torch.full((2,), 7.0))
+    assert torch.equal(dict(other.named_emas())["weight"], state["ema"]["weight"])
+
+
+def test_a_state_saved_while_swapped_and_loaded_in_place(tmp_path):
+    _, ema = averaged()
+    ema.swap()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a single process.
+        dcp.save({"ema": ema.state_dict()}, checkpoint_id=tmp_path)
+        fresh = EMAManager(nn.Linear(4, 4), 0.5)
+        state = {"ema": fresh.state_dict()}
+        dcp.load(state, checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match="the loader has written the averages in place") as error:
+        fresh.load_state_dict(state["ema"])
+    assert "nothing was changed" not in str(error.value)
+    assert "dcp_to_torch_save" in str(error.value)
+    emas = dict(fresh.named_emas())
+    assert torch.equal(emas["weight"], dict(ema.named_emas())["weight"])
+
+
+def test_tied_by_a_square_transposed_view():
+    model = nn.Module()
+    model.a = nn.Parameter(torch.randn(3, 3))
+    model.b = nn.Parameter(model.a.detach().t())
+    ema = EMAManager(model, 0.5)
+    state = pickle.loads(pickle.dumps(ema.state_dict()))
+    ema.load_state_dict(state)
+    assert torch.equal(dict(ema.named_emas())["b"], model.a.detach().t())
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "says"),
+    [
+        (lambda t: t.to("meta"), "is on the meta device and has no values"),
+        (lambda t: t.to_sparse(), r"has layout torch\.sparse_coo"),
+    ],
+)
+def test_a_state_with_values_that_are_not_there(spoiled, says):
+    _, ema = averaged()
+    state = {k: dict(v) if isinstance(v, dict) else v for k, v in ema.state_dict().items()}
+    state["ema"] = {name: tensor + 1 for name, tensor in state["ema"].items()}
+    state["ema"]["bias"] = spoiled(state["ema"]["bias"])
+    before = {name: tensor.clone() for name, tensor in ema.named_emas()}
+    with pytest.raises(ValueError, match=says):
+        ema.load_state_dict(state)
+    for name, tensor in ema.named_emas():
+        assert torch.equal(tensor, before[name])
+
+
+def test_errors_of_a_large_model_can_be_read():
+    model = nn.ParameterDict({f"p{i}": torch.zeros(1) for i in range(500)})
+    ema = EMAManager(model, 0.1)
+    state = ema.state_dict()
+    state["ema"] = {}
+    with pytest.raises(ValueError, match=r"and 480 more$") as error:
+        ema.load_state_dict(state)
+    assert str(error.value).count("\n") == 21
+
+
+# ---- units
+
+
+def test_a_decay_instead_of_a_momentum():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"no decay=0\.999 here; pass momentum=0\.001"):
+        EMAManager(model, decay=0.999)
+    with pytest.warns(UserWarning, match=r"keeps 0\.001 of the average; .* pass momentum=0\.001"):
+        EMAManager(model, 0.999)
+
+
+def test_plans_and_operations_warn_once(monkeypatch):
+    monkeypatch.setattr(ops, "_warned", [])
+    ema, params = [torch.zeros(2)], [torch.ones(2)]
+    plan = fused_ema.Plan(ema, params)
+    for call in (plan.update, lambda m: fused_ema.update_(ema, params, m)):
+        with pytest.warns(UserWarning, match=r"momentum is 0\.9, .* pass momentum=0\.1") as found:
+            call(0.9)
+        assert [warning.filename for warning in found] == [__file__]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(0.9)
+
+
+@pytest.mark.parametrize("momentum", [0.5, 1.0, 0.001])
+def test_no_warning_without_reason(monkeypatch, momentum):
+    monkeypatch.setattr(ops, "_warned", [])
+    model = nn.Linear(2, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused_ema.update_([torch.zeros(2)], [torch.ones(2)], momentum)
+        fused_ema.Plan([torch.zeros(2)], [torch.ones(2)]).update(momentum)
+        ema = EMAManager(model, momentum_fun=schedules.constant(0.9))
+        ema.update()
+    assert ema.num_updates == 1
