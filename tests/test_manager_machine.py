@@ -223,8 +223,9 @@ class ManagerMachine(RuleBasedStateMachine):
             begin=setting["begin"],
             form=setting["form"],
             ema_dtype=setting["ema_dtype"],
-            skip_buffers=setting["buffers"] == "skipped",
-            copy_buffers=setting["buffers"] == "copied",
+            buffers={"averaged": "average", "skipped": "skip", "copied": "copy"}[
+                setting["buffers"]
+            ],
             exclude=setting["exclude"] or (),
             device="cpu" if setting["staged"] else None,
             **({} if callable(given) else {"momentum": given}),

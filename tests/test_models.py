@@ -391,7 +391,8 @@ class Run:
         return self.case.build(self.mode.dtype)
 
     def manage(self, model):
-        return fused_ema.EMAManager(model, MOMENTUM, **self.mode.settings, **self.case.settings)
+        settings = self.mode.settings | self.case.settings
+        return fused_ema.EMAManager(model, MOMENTUM, buffers="average", **settings)
 
     def live(self):
         """The model's tensors, under the names that they had before anything was wrapped."""
