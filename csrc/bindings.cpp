@@ -211,10 +211,10 @@ PYBIND11_MODULE(_C, m) {
         return plan.num_runs();
       });
 
-  m.def("hold_exactly", [](py::handle dicts, py::handle objects, py::handle versions) {
-    const int result = hold_exactly(dicts.ptr(), objects.ptr(), versions.ptr());
-    if (result < 0) throw py::error_already_set();
-    return result == 1;
+  m.def("changed_dicts", [](py::handle dicts, py::handle held, py::handle versions) {
+    PyObject* changed = changed_dicts(dicts.ptr(), held.ptr(), versions.ptr());
+    if (changed == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::list>(changed);
   });
   m.def("service_of", [](const std::string& device) {
     const Service service = service_of(at::Device(device));

@@ -51,45 +51,58 @@ bool have_versions(PyObject* dicts, const char* versions) {
 
 }  // namespace
 
-int hold_exactly(PyObject* dicts, PyObject* objects, PyObject* versions) {
-  if (!PyTuple_Check(dicts) || !PyTuple_Check(objects) || !PyByteArray_Check(versions)) {
-    PyErr_SetString(PyExc_TypeError, "hold_exactly takes two tuples and a bytearray");
-    return -1;
+PyObject* changed_dicts(PyObject* dicts, PyObject* held, PyObject* versions) {
+  if (!PyTuple_Check(dicts) || !PyTuple_Check(held) || !PyByteArray_Check(versions)) {
+    PyErr_SetString(PyExc_TypeError, "changed_dicts takes two tuples and a bytearray");
+    return nullptr;
   }
-  const Py_ssize_t num_dicts = PyTuple_GET_SIZE(dicts);
-  const Py_ssize_t num_objects = PyTuple_GET_SIZE(objects);
-  if (PyByteArray_GET_SIZE(versions) != num_dicts * static_cast<Py_ssize_t>(sizeof(uint64_t))) {
-    PyErr_Format(PyExc_ValueError, "hold_exactly: %zd bytes of versions for %zd dicts",
-                 PyByteArray_GET_SIZE(versions), num_dicts);
-    return -1;
+  const Py_ssize_t size = PyTuple_GET_SIZE(dicts);
+  if (PyTuple_GET_SIZE(held) != size ||
+      PyByteArray_GET_SIZE(versions) != size * static_cast<Py_ssize_t>(sizeof(uint64_t))) {
+    PyErr_Format(PyExc_ValueError,
+                 "changed_dicts: %zd lists and %zd bytes of versions for %zd dicts",
+                 PyTuple_GET_SIZE(held), PyByteArray_GET_SIZE(versions), size);
+    return nullptr;
   }
+  PyObject* changed = PyList_New(0);
   char* seen = PyByteArray_AS_STRING(versions);
-  if (have_versions(dicts, seen)) return 1;
+  if (changed == nullptr || have_versions(dicts, seen)) return changed;
 
-  bool same = true;
-  Py_ssize_t next = 0;
-  for (Py_ssize_t i = 0; same && i < num_dicts; ++i) {
+  for (Py_ssize_t i = 0; i < size; ++i) {
     PyObject* dict = PyTuple_GET_ITEM(dicts, i);
-    if (!PyDict_Check(dict)) {
-      PyErr_Format(PyExc_TypeError, "hold_exactly: item %zd is a %s, not a dict", i,
-                   Py_TYPE(dict)->tp_name);
-      return -1;
+    PyObject* list = PyTuple_GET_ITEM(held, i);
+    if (kHasVersions && version_at(seen, i) != 0 && version_of(dict) == version_at(seen, i)) {
+      continue;  // A version that is not zero was stored for a dict.
+    }
+    if (!PyDict_Check(dict) || !PyList_Check(list)) {
+      PyErr_Format(PyExc_TypeError,
+                   "changed_dicts: item %zd is a %s with a %s, not a dict with a list", i,
+                   Py_TYPE(dict)->tp_name, Py_TYPE(list)->tp_name);
+      Py_DECREF(changed);
+      return nullptr;
     }
     Py_BEGIN_CRITICAL_SECTION(dict);
+    bool same = 2 * PyDict_Size(dict) == PyList_GET_SIZE(list);
     Py_ssize_t position = 0;
+    Py_ssize_t next = 0;
+    PyObject* key = nullptr;
     PyObject* value = nullptr;
-    while (same && PyDict_Next(dict, &position, nullptr, &value)) {
-      PyObject* expected = next < num_objects ? PyTuple_GET_ITEM(objects, next++) : nullptr;
-      same = value == expected || expected == Py_Ellipsis;
+    while (same && PyDict_Next(dict, &position, &key, &value)) {
+      PyObject* expected = PyList_GET_ITEM(list, next + 1);
+      same = key == PyList_GET_ITEM(list, next) && (value == expected || expected == Py_Ellipsis);
+      next += 2;
     }
     const uint64_t version = same ? version_of(dict) : 0;
     std::memcpy(seen + i * sizeof(uint64_t), &version, sizeof(version));
+    if (!same) {
+      PyObject* index = PyLong_FromSsize_t(i);
+      if (index == nullptr || PyList_Append(changed, index) < 0) Py_CLEAR(changed);
+      Py_XDECREF(index);
+    }
     Py_END_CRITICAL_SECTION();
+    if (changed == nullptr) return nullptr;
   }
-  same = same && next == num_objects;
-  // Known versions stand for known values of all dicts.
-  if (!same) std::memset(seen, 0, PyByteArray_GET_SIZE(versions));
-  return same;
+  return changed;
 }
 
 }  // namespace fused_ema

@@ -5,11 +5,12 @@
 
 namespace fused_ema {
 
-// Whether the values of these dicts, one dict after the other, are exactly these objects in this
-// order; an Ellipsis among them stands for any. Takes two tuples, and a bytearray of 8 bytes a
-// dict, zero at first, that is this function's own: with it, dicts that nobody wrote to since the
-// last call cost a comparison each. Returns -1 with a Python error set where an argument is none of
-// these.
-int hold_exactly(PyObject* dicts, PyObject* objects, PyObject* versions);
+// Which of these dicts don't hold exactly what they held: a new list of their indices, ascending.
+// Takes a tuple of dicts, a tuple of as many lists of keys and values in turn, in which an Ellipsis
+// stands for any value, and a bytearray of 8 bytes a dict, zero at first, that is this function's
+// own: with it, dicts that nobody wrote to since the last call cost a comparison each. Whoever
+// changes a list clears its dict's bytes. Returns null with a Python error set where an argument is
+// none of these.
+PyObject* changed_dicts(PyObject* dicts, PyObject* held, PyObject* versions);
 
 }  // namespace fused_ema

@@ -330,6 +330,7 @@ class Plan:
         self._ema, self._params, self._names = list(ema), list(params), names
         self._seen = self._geometry()
         self.num_runs = 0
+        self.num_refreshes = 0
 
     def _geometry(self) -> list[tuple[object, ...]]:
         return [
@@ -347,6 +348,7 @@ class Plan:
         if geometry != self._seen:
             check_lists("Plan", self._ema, self._params, self._names)
             self._seen = geometry
+            self.num_refreshes += 1
 
     def update(self, momentum: float | Tensor, form: str) -> None:
         momentum = check_momentum("Plan.update", momentum)

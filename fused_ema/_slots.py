@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fused_ema import _storage
-from fused_ema._foreach import DTYPE_PAIRS, dtype_name
-from fused_ema._tracking import Buffers, Member, Tree, group_tied
+from fused_ema import _storage, ops
+from fused_ema._foreach import DTYPE_PAIRS, dtype_name, is_dense
+from fused_ema._tracking import Buffers, Member, Tree, group_tied, memory_of
+from fused_ema.ops import Form
 from fused_ema.plan import Plan
 
 Kind = Literal["average", "copy", "keep"]
@@ -23,7 +24,7 @@ _DONE = {"average": "averaged", "copy": "copied", "keep": "kept as first cloned"
 _NARROW = (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Slot:
     """One tracked tensor and its ema.
 
@@ -34,6 +35,8 @@ class Slot:
         ema: In the param's strides.
         stage: Where the ema is on another device: room for the param's values there.
         param_device: Where the param was when the ema was made.
+        in_plan: Whether the plan updates it. Not what is assigned anew in each step, for which the
+            plan would be made anew each time.
     """
 
     members: tuple[Member, ...]
@@ -42,6 +45,10 @@ class Slot:
     ema: Tensor
     stage: Tensor | None
     param_device: torch.device
+    in_plan: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.in_plan = self.kind == "average"
 
     @property
     def name(self) -> str:
@@ -52,11 +59,6 @@ class Slot:
     def param(self) -> Tensor:
         """The model's tensor."""
         return self.members[0].tensor
-
-    @cached_property
-    def shown_ema(self) -> Tensor:
-        """The ema as users get it: it saves at its own size."""
-        return _storage.with_own_storage(self.ema)
 
     @property
     def treatment(self) -> str:
@@ -88,7 +90,7 @@ class Tracked:
         tree: The model that was read.
         members: The tracked ones, in the model's order.
         slots: Of these members; tied ones share one.
-        averaged: Slots to average at each update.
+        averaged: Slots to average at each update; by the plan, but for those that are loose.
         copied: Slots to copy at each update.
         followed: Slots to copy before the first average; the plan copies the averaged ones.
         staged: Averaged slots whose param must be brought to the ema's device.
@@ -98,24 +100,94 @@ class Tracked:
 
     def __init__(self, tree: Tree, members: Sequence[Member], slots: Sequence[Slot]) -> None:
         self.tree = tree
-        self.members = members
+        self.members = list(members)
         self.slots = slots
         self.averaged = [slot for slot in slots if slot.kind == "average"]
         self.copied = [slot for slot in slots if slot.kind == "copy"]
         self.followed = [slot for slot in slots if slot.kind != "average"]
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
+        self.loose: list[Slot] = []
         self.tied = [
             slot for slot in slots if any(m.tensor is not slot.param for m in slot.members)
         ]
 
     @cached_property
     def plan(self) -> Plan:
-        """Of the averaged slots. Raises what making a plan raises."""
+        """Of the averaged slots that aren't loose. Raises what making a plan raises."""
+        planned = [slot for slot in self.averaged if slot.in_plan]
         return Plan(
-            [slot.ema for slot in self.averaged],
-            [slot.source for slot in self.averaged],
-            [slot.name for slot in self.averaged],
+            [slot.ema for slot in planned],
+            [slot.source for slot in planned],
+            [slot.name for slot in planned],
         )
+
+    def update(self, momentum: float, form: Form) -> None:
+        """Averages: all of them, or none where an error is raised."""
+        if self.loose:
+            self.plan._check()
+            emas, sources = [s.ema for s in self.loose], [s.source for s in self.loose]
+            ops._update(emas, sources, momentum, form)
+        self.plan._update(momentum, form)
+
+    def copy_to_emas(self) -> None:
+        """Copies the averaged slots."""
+        if self.loose:
+            self.plan._check()
+            _storage.copy([s.ema for s in self.loose], [s.source for s in self.loose])
+        self.plan.copy_to_ema()
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, Slot]]:
+        """Where a name stands among the members, and its slot."""
+        slots = {member.name: slot for slot in self.slots for member in slot.members}
+        return {m.name: (i, slots[m.name]) for i, m in enumerate(self.members)}
+
+    def follow_buffers(self, op: str, anew: Mapping[str, Tensor]) -> bool:
+        """Takes buffers that were assigned anew; False, and nothing is done, where one won't do."""
+        changes = []
+        for name, tensor in anew.items():
+            if name not in self._places:
+                continue
+            place, slot = self._places[name]
+            was = self.members[place]
+            now = Member(name, tensor, True, was.is_statistic)
+            if len(slot.members) > 1 or not is_continued(was, now):
+                return False
+            check_memory(op, now)
+            changes.append((place, slot, now))
+        for place, slot, now in changes:
+            self.members[place], slot.members = now, (now,)
+            if slot.in_plan:
+                slot.in_plan = False
+                self.loose.append(slot)
+                self.__dict__.pop("plan", None)
+        return True
+
+    def lay_anew(self) -> None:
+        """Gives emas the strides of params that were laid anew, as channels_last does."""
+        slots = [
+            slot
+            for slot in self.averaged
+            if slot.stage is None
+            and slot.ema.stride() != slot.param.stride()
+            and slot.ema.shape == slot.param.shape
+            and slot.ema.device == slot.param.device
+            and is_dense(slot.param)
+        ]
+        if not slots:
+            return
+        try:
+            emas = _storage.allocate(
+                [slot.param for slot in slots],
+                [slot.ema.dtype for slot in slots],
+                [slot.ema.device for slot in slots],
+            )
+        except torch.OutOfMemoryError:
+            return  # It is as right as before, and as slow.
+        _storage.copy(emas, [slot.ema for slot in slots])
+        for slot, ema in zip(slots, emas, strict=True):
+            slot.ema = ema
+        self.__dict__.pop("plan", None)
 
     def rebound(self, tree: Tree, now: Mapping[str, Member]) -> Tracked:
         """The same slots with the tensors that now stand under their names."""
@@ -168,6 +240,38 @@ class Tracked:
                         "call refresh() to average each by itself"
                     )
 
+    def check_pairs(self, op: str) -> None:
+        """Raises where a param's dtype doesn't fit its ema's, or params have come to share memory.
+
+        The plan finds these as well, but doesn't know the way out.
+        """
+        for slot in self.averaged:
+            if (slot.ema.dtype, slot.param.dtype) not in DTYPE_PAIRS:
+                raise TypeError(
+                    f"fused_ema.EMAManager.{op}: '{slot.name}' is {slot.param.dtype} now and its "
+                    f"ema is {slot.ema.dtype}, and these can't be averaged; convert it back, or "
+                    "call refresh() to go on in another dtype"
+                )
+        found: dict[object, Slot] = {}
+        for slot in self.slots:
+            other = found.setdefault(memory_of(slot.param), slot)
+            if other is not slot:
+                raise ValueError(
+                    f"fused_ema.EMAManager.{op}: '{other.name}' and '{slot.name}' share memory, "
+                    "which they didn't when the manager was made; call refresh() to average them "
+                    "as one, or give each its own"
+                )
+
+
+def is_continued(was: Member, now: Member) -> bool:
+    """Whether a name's tensor is the same, or a buffer assigned anew or converted."""
+    a, b = was.tensor, now.tensor
+    if a is b:
+        return True
+    same_kind = a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
+    same_place = a.shape == b.shape and a.device == b.device
+    return was.is_buffer and now.is_buffer and same_kind and same_place
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -195,27 +299,51 @@ class Policy:
                 + ", ".join(f"torch.{name}" for name in known)
             )
 
-    def track(self, tree: Tree, members: Sequence[Member]) -> Tracked:
-        """Slots for these members, with emas that are clones of the params."""
+    def track(
+        self, tree: Tree, members: Sequence[Member], old: Mapping[str, Slot] | None = None
+    ) -> Tracked:
+        """Slots for these members, with emas that are clones of the params.
+
+        Args:
+            tree: The model that was read.
+            members: The tracked ones.
+            old: Slots of before by name: what fits of their emas is kept as it is.
+        """
+        old = {} if old is None else old
         for member in members:
             check_memory("", member)
         groups = group_tied(members)
         params = [group[0].tensor for group in groups]
+        before = [old.get(group[0].name) for group in groups]
         decided = [self._kind_of(group[0]) for group in groups]
-        averaged = [
+        judged = [
             i
             for i, (group, (kind, _)) in enumerate(zip(groups, decided, strict=True))
-            if kind == "average" and group[0].is_buffer
+            if kind == "average" and group[0].is_buffer and before[i] is None
         ]
         # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
-        finite = _storage.are_finite([params[i] for i in averaged])
-        for i, is_finite in zip(averaged, finite, strict=True):
+        finite = _storage.are_finite([params[i] for i in judged])
+        for i, is_finite in zip(judged, finite, strict=True):
             if not is_finite:
                 decided[i] = "copy", "not finite when the manager was made"
+        for i, slot in enumerate(before):
+            if slot is not None and groups[i][0].is_buffer and decided[i][0] == "average":
+                decided[i] = slot.kind, slot.reason
         kinds = [kind for kind, _ in decided]
         dtypes = [self._dtype_of(group[0], kind) for group, kind in zip(groups, kinds, strict=True)]
         devices = [self.device or param.device for param in params]
-        emas = _storage.allocate(params, dtypes, devices)
+        kept = {
+            i: slot.ema
+            for i, slot in enumerate(before)
+            if slot is not None
+            and slot.name == groups[i][0].name  # Of tensors that were tied one goes on with it.
+            and _has_room(slot.ema, params[i], dtypes[i], devices[i])
+        }
+        new = [i for i in range(len(groups)) if i not in kept]
+        made = _storage.allocate(
+            [params[i] for i in new], [dtypes[i] for i in new], [devices[i] for i in new]
+        )
+        emas = kept | dict(zip(new, made, strict=True))
         away = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
         stages = _storage.allocate(
             [params[i] for i in away], [params[i].dtype for i in away], [devices[i] for i in away]
@@ -227,7 +355,7 @@ class Policy:
         ]
         tracked = Tracked(tree, members, slots)
         tracked.plan  # noqa: B018  (now, so that what can't be averaged is an error at once)
-        _storage.copy(emas, params)
+        _storage.copy(made, [params[i] for i in new])
         return tracked
 
     def _kind_of(self, member: Member) -> tuple[Kind, str]:
@@ -274,6 +402,13 @@ class Policy:
                 "with exclude="
             )
         return dtype
+
+
+def _has_room(ema: Tensor, param: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether an ema of before may be the param's."""
+    if ema.shape != param.shape or ema.dtype != dtype or ema.device != device:
+        return False
+    return ema.stride() == param.stride() or not is_dense(param)
 
 
 def check_memory(op: str, member: Member) -> None:

@@ -230,7 +230,7 @@ def _check_tensors(
             for name in others:
                 if expected[first].stride != expected[name].stride:
                     continue  # One is a transposed view of the other; the first is what counts.
-                if {first, name} <= sound_names and not _same_values(tensors[first], tensors[name]):
+                if {first, name} <= sound_names and not same_values(tensors[first], tensors[name]):
                     problems.append(
                         f"'{first}' and '{name}' differ in '{key}' but are one tensor in the model"
                     )
@@ -257,7 +257,8 @@ def _check_tensor(tensor: object, shape: torch.Size, dtype: torch.dtype) -> str:
     return ""
 
 
-def _same_values(a: Tensor, b: Tensor) -> bool:
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same, wherever they are."""
     if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     a, b = a.cpu(), b.cpu()

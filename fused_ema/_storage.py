@@ -29,7 +29,8 @@ def allocate(
         devices: The device of each.
 
     Returns:
-        Tensors with arbitrary values.
+        Tensors with arbitrary values, each with a storage of its own over its part, so that one of
+        them pickles and saves at its own size.
     """
     sizes: dict[tuple[torch.dtype, torch.device], int] = {}
     offsets = []
@@ -46,7 +47,8 @@ def allocate(
     made = []
     for tensor, dtype, device, offset in zip(like, dtypes, devices, offsets, strict=True):
         if has_plain_memory(tensor):
-            view = flat[dtype, device].as_strided(tensor.shape, _dense_strides(tensor), offset)
+            whole = flat[dtype, device]
+            view = with_own_storage(whole.as_strided(tensor.shape, _dense_strides(tensor), offset))
         else:
             view = torch.empty_like(tensor.detach(), dtype=dtype, device=device)
         made.append(view)
@@ -67,7 +69,8 @@ _FLOATS = frozenset(chain.from_iterable(DTYPE_PAIRS))
 def make_marks() -> tuple[Tensor, Tensor]:
     """What every Exchange of its owner takes to know whether a call ran; kept, to allocate once."""
     with torch.inference_mode(False):
-        return torch.zeros(()), torch.ones(())
+        # On the CPU, whatever the default device.
+        return torch.zeros((), device="cpu"), torch.ones((), device="cpu")
 
 
 class Exchange:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
@@ -36,23 +36,36 @@ class Member:
 
 @dataclass(eq=False)
 class _Watch:
-    """Dicts, and what they hold, one after the other; an Ellipsis stands for anything."""
+    """Dicts, and the keys and values that each held, in turn; an Ellipsis stands for any value."""
 
     dicts: tuple[dict[str, Any], ...]
-    held: tuple[object, ...]
+    held: tuple[list[object], ...]
     versions: bytearray = field(init=False)
 
     def __post_init__(self) -> None:
         self.versions = bytearray(8 * len(self.dicts))
 
-    def is_unchanged(self) -> bool:
+    def changed(self) -> list[int]:
+        """The indices of the dicts that hold something else now."""
         if _native.C is not None:
-            unchanged: bool = _native.C.hold_exactly(self.dicts, self.held, self.versions)
-            return unchanged
-        values = chain.from_iterable(map(dict.values, self.dicts))
-        return sum(map(len, self.dicts)) == len(self.held) and all(
-            held is value or held is ... for held, value in zip(self.held, values, strict=True)
-        )
+            changed: list[int] = _native.C.changed_dicts(self.dicts, self.held, self.versions)
+            return changed
+        return [i for i, owned in enumerate(self.dicts) if not _holds(owned, self.held[i])]
+
+    def take_over(self, index: int) -> None:
+        """Takes the values that a dict has now, under the keys that it had."""
+        held, values = self.held[index], self.dicts[index].values()
+        held[1::2] = [
+            ... if old is ... else value for old, value in zip(held[1::2], values, strict=True)
+        ]
+        self.versions[8 * index : 8 * index + 8] = bytes(8)
+
+
+def _holds(owned: dict[str, Any], held: Sequence[object]) -> bool:
+    return 2 * len(owned) == len(held) and all(
+        key is held[2 * i] and (value is held[2 * i + 1] or held[2 * i + 1] is ...)
+        for i, (key, value) in enumerate(owned.items())
+    )
 
 
 NUM_TURNS = 8
@@ -66,21 +79,29 @@ class Tree:
     """
 
     def __init__(
-        self, members: list[Member], contents: Sequence[tuple[dict[str, Any], Sequence[object]]]
+        self,
+        members: list[Member],
+        contents: Sequence[tuple[dict[str, Any], Sequence[object]]],
+        prefixes: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         self.members = members
         filled = [(owned, held) for owned, held in contents if held]
         empty = [owned for owned, held in contents if not held]
         self._filled = _Watch(
             tuple(owned for owned, _ in filled),
-            tuple(chain.from_iterable(held for _, held in filled)),
+            tuple(list(chain.from_iterable(zip_longest(owned, held))) for owned, held in filled),
         )
-        self._empty = [_Watch(tuple(empty[turn::NUM_TURNS]), ()) for turn in range(NUM_TURNS)]
+        self._empty = [
+            _Watch(tuple(turn), tuple([] for _ in turn))
+            for turn in (empty[turn::NUM_TURNS] for turn in range(NUM_TURNS))
+        ]
         self._turn = 0
+        # Of each dict of buffers, by id: what stands before its keys in names.
+        self._prefixes = {} if prefixes is None else prefixes
 
     def is_current(self) -> bool:
         """Whether every module still holds the very tensors and children that it held."""
-        return self._filled.is_unchanged() and all(watch.is_unchanged() for watch in self._empty)
+        return not self._filled.changed() and not any(watch.changed() for watch in self._empty)
 
     def is_current_so_far(self) -> bool:
         """The same in every step, cheaper: empty dicts, most of a model's, are asked in turns.
@@ -89,7 +110,27 @@ class Tree:
         that was empty within NUM_TURNS calls.
         """
         self._turn = (self._turn + 1) % NUM_TURNS
-        return self._filled.is_unchanged() and self._empty[self._turn].is_unchanged()
+        return not self._filled.changed() and not self._empty[self._turn].changed()
+
+    def buffers_assigned_anew(self) -> Mapping[str, Tensor] | None:
+        """Name to tensor, where nothing but buffers has changed since; None where more has."""
+        found: dict[str, Tensor] = {}
+        for index in self._filled.changed():
+            owned, held = self._filled.dicts[index], self._filled.held[index]
+            if id(owned) not in self._prefixes or [*owned] != held[::2]:
+                return None
+            for (key, value), old in zip(owned.items(), held[1::2], strict=True):
+                if value is not old and old is not ...:
+                    if not isinstance(value, Tensor) or not isinstance(old, Tensor):
+                        return None
+                    for prefix in self._prefixes[id(owned)]:
+                        found[prefix + key] = value
+        return None if any(watch.changed() for watch in self._empty) else found
+
+    def take_over_buffers(self) -> None:
+        """What buffers_assigned_anew() found is what there is from now on."""
+        for index in self._filled.changed():
+            self._filled.take_over(index)
 
 
 def read(model: nn.Module) -> Tree:
@@ -100,6 +141,7 @@ def read(model: nn.Module) -> Tree:
     """
     members: dict[str, Member] = {}
     contents: list[tuple[dict[str, Any], list[Any]]] = []
+    prefixes: dict[int, list[str]] = {}
 
     def add(name: str, tensor: Tensor, is_buffer: bool, is_statistic: bool = False) -> None:
         if is_lazy(tensor):
@@ -131,6 +173,8 @@ def read(model: nn.Module) -> Tree:
                 is_buffers = own is module._buffers
                 held = [... if is_buffers and k in passing else v for k, v in own.items()]
                 contents.append((own, held))
+                if is_buffers:
+                    prefixes.setdefault(id(own), []).append(prefix)
         above |= {id(module)}
         children = [
             (child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
@@ -138,7 +182,7 @@ def read(model: nn.Module) -> Tree:
             if child is not None and id(child) not in above
         ]
         left += reversed(children)
-    return Tree(list(members.values()), contents)
+    return Tree(list(members.values()), contents, prefixes)
 
 
 def refuse_fsdp1(title: str, model: nn.Module) -> None:
@@ -302,11 +346,12 @@ def group_tied(members: Sequence[Member]) -> list[list[Member]]:
     """
     groups: dict[object, list[Member]] = {}
     for member in members:
-        groups.setdefault(_memory_of(member.tensor), []).append(member)
+        groups.setdefault(memory_of(member.tensor), []).append(member)
     return list(groups.values())
 
 
-def _memory_of(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
+    """What is equal for tensors that are the same memory."""
     if not has_plain_memory(tensor) or tensor.numel() == 0:
         return id(tensor)
     if tensor.data_ptr() == 0:  # On the meta device, or freed for a while.

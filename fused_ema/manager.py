@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_ema import _checks, _slots, _state, _steps, _storage, _tracking
-from fused_ema._foreach import check_form, dtype_name
+from fused_ema._foreach import check_form, dtype_name, has_plain_memory
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -23,6 +24,15 @@ _TITLE = "fused_ema.EMAManager"
 # Managers whose model holds their ema, by id: nobody else may touch its tensors meanwhile. Of all
 # weak containers this one can be listed while other threads change it.
 _swapped_managers: weakref.WeakValueDictionary[int, EMAManager] = weakref.WeakValueDictionary()
+
+
+class _Swaps:
+    """How often the set of those has changed."""
+
+    count = 0
+
+
+_swaps = _Swaps()
 
 
 class EMAManager:
@@ -162,15 +172,25 @@ class EMAManager:
         self._marks = _storage.make_marks()
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle]
         self._hooks = weakref.WeakKeyDictionary()
-        self._tracked, self._frozen = self._track(frozenset())
+        self._checked: object = None
+        self._addresses: list[int] = []  # Of the params, from swap to swap.
+        self._tracked, self._frozen = self._track("")
 
-    def _track(self, tracked: Container[str]) -> tuple[_slots.Tracked, list[_tracking.Member]]:
+    def _track(
+        self, op: str, old: _slots.Tracked | None = None
+    ) -> tuple[_slots.Tracked, list[_tracking.Member]]:
         """What is tracked of the model as it is now, and what is left out as frozen."""
         _tracking.refuse_fsdp1(_TITLE, self._model)
         tree = _tracking.read(self._model)
-        members = self._selection.choose(tree.members, tracked)
+        tracked_names = {m.name for m in old.members} if old is not None else frozenset[str]()
+        members = self._selection.choose(tree.members, tracked_names)
         frozen = self._selection.left_frozen(tree.members, {member.name for member in members})
-        return self._policy.track(tree, members), frozen
+        named = ((member.name, member.tensor) for member in members)
+        self._refuse_if_another_holds(op, named)
+        before = {} if old is None else {m.name: s for s in old.slots for m in s.members}
+        tracked = self._policy.track(tree, members, before)
+        tree.members.clear()  # They are the tracked members' alone to hold on to.
+        return tracked, frozen
 
     # ---- what it is
 
@@ -277,7 +297,7 @@ class EMAManager:
         if self._is_swapped:
             raise RuntimeError(
                 f"{_TITLE}.{op}: the model holds the ema; "
-                + ("leave swapped()" if self._in_context else "call swap()")
+                + ("leave swapped() or call swap()" if self._in_context else "call swap()")
                 + " first, so that the raw weights are back"
             )
         self._refuse_if_another_is_swapped(op)
@@ -329,20 +349,25 @@ class EMAManager:
         copied = tracked.followed if momentum is None else tracked.copied
         if tracked.tied or copied:
             tracked.check_geometry("update", (*tracked.tied, *copied))
+        plan = tracked.plan
+        num_refreshes = plan._num_refreshes
         try:
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.param for slot in staged])
             if copied:
                 # Before the average: a copy that fails can be made again, an average can't.
-                tracked.plan._check()
+                plan._check()
                 _storage.copy([slot.ema for slot in copied], [slot.param for slot in copied])
             if momentum is None:
-                tracked.plan.copy_to_ema()
+                tracked.copy_to_emas()
             else:
-                tracked.plan._update(momentum, self._form)
+                tracked.update(momentum, self._form)
         except (TypeError, ValueError, RuntimeError):
             tracked.check_geometry("update")  # Says it in the model's words.
+            tracked.check_pairs("update")
             raise
+        if plan._num_refreshes != num_refreshes:
+            tracked.lay_anew()
 
     # ---- for evaluation
 
@@ -377,14 +402,13 @@ class EMAManager:
     def swap(self) -> None:
         """Exchanges the ema and the model's weights; a second call brings them back.
 
+        Inside of :meth:`swapped` it brings back the raw weights, and leaving then changes nothing:
+        the way out of a context that can't be left any more.
+
         Raises:
-            RuntimeError: Inside of :meth:`swapped`; parameters were replaced or added.
+            RuntimeError: Parameters were replaced or added.
             ValueError: A param was resized, or moved to another device.
         """
-        if self._in_context:
-            raise RuntimeError(
-                f"{_TITLE}.swap: inside of swapped(), which swaps back by itself; leave it first"
-            )
         if self._is_swapped:
             self._swap_out("swap")
         else:
@@ -402,10 +426,15 @@ class EMAManager:
         writes = [
             _Write(slots[i].param, slots[i].ema, raw) for i, raw in zip(others, room, strict=True)
         ]
-        self._exchange(True, dict(zip(others, room, strict=True)), writes)
+        try:
+            self._exchange(True, dict(zip(others, room, strict=True)), writes)
+        except (TypeError, ValueError):
+            tracked.check_pairs(op)
+            raise
+        self._addresses = [_address(slot.param) for slot in slots]
 
     def _swap_out(self, op: str) -> None:
-        self._follow_buffers()
+        lost = self._follow_buffers()
         tracked = self._tracked
         tracked.check_geometry(op)
         slots, aside = tracked.slots, self._aside
@@ -415,25 +444,55 @@ class EMAManager:
             if i not in aside and slot.ema.dtype != slot.param.dtype:
                 raw, ema = slot.ema.clone(), slot.param.detach().clone()
                 writes += [_Write(slot.param, raw, ema), _Write(slot.ema, ema, raw)]
+        moved = [
+            slot.name
+            for i, (slot, address) in enumerate(zip(slots, self._addresses, strict=False))
+            if i not in aside
+            and not slot.members[0].is_buffer  # Which a model may assign anew at any time.
+            and _address(slot.param) != address
+            and not _is_wider(slot.param.dtype, slot.ema.dtype)
+        ]
         self._exchange(False, aside, writes)
+        self._addresses = []
+        if lost:
+            warnings.warn(
+                f"{_TITLE}.{op}: {_tracking.shown(lost)} were replaced or removed while the model "
+                "held the ema, so the model hasn't got their raw weights back; change a "
+                "copy.deepcopy of the model, or one that copy_to() has written",
+                UserWarning,
+                stacklevel=2,
+            )
+        if moved:
+            warnings.warn(
+                f"{_TITLE}.{op}: {_tracking.shown(moved)} were converted or moved while the model "
+                "held the ema, which is now as it came back from that, rounded if the dtype was "
+                "narrower; convert a copy.deepcopy of the model, or one that copy_to() has written",
+                UserWarning,
+                stacklevel=2,
+            )
 
-    def _follow_buffers(self) -> None:
+    def _follow_buffers(self) -> list[str]:
+        """Follows what was assigned anew while swapped; returns the names of what is gone."""
         # What was swapped in must come out, whatever else has become of the model meanwhile.
         tracked = self._tracked
         if not tracked.tree.is_current():
-            now: dict[str, _tracking.Member] = {}
-            with suppress(ValueError):  # A member that isn't initialised, say.
+            try:
                 now = {member.name: member for member in _tracking.read(self._model).members}
+            except ValueError:  # A member that isn't initialised, say. The next update says so.
+                return []
             continued = {
                 was.name: now[was.name]
                 for was in tracked.members
-                if was.name in now and _is_continued(was, now[was.name])
+                if was.name in now and _slots.is_continued(was, now[was.name])
             }
             # With the old tree: the next update finds out what else has changed.
             self._tracked = tracked.rebound(tracked.tree, continued)
+            return [was.name for was in tracked.members if was.name not in continued]
+        return []
 
     def _set_swapped(self, is_swapped: bool) -> None:
         self._is_swapped = is_swapped
+        _swaps.count += 1
         if is_swapped:
             _swapped_managers[id(self)] = self
         else:
@@ -456,8 +515,8 @@ class EMAManager:
             if i not in aside and slot.ema.dtype == slot.param.dtype
         ]
         # The plan has its table already, and takes its pairs in one launch; but only all of them.
-        by_plan = sum(slot.kind == "average" for slot in here) == len(tracked.averaged)
-        rest = [slot for slot in here if slot.kind != "average"] if by_plan else here
+        by_plan = sum(slot.in_plan for slot in here) == len(tracked.plan)
+        rest = [slot for slot in here if not slot.in_plan] if by_plan else here
         exchange = _storage.Exchange(
             [slot.ema for slot in rest],
             [slot.param for slot in rest],
@@ -482,11 +541,13 @@ class EMAManager:
 
         Args:
             model: Has a parameter or buffer of the same shape for each tracked name, in any
-                floating-point dtype and on any device. What isn't tracked stays as it is there.
+                floating-point dtype where the average has one, and on any device. What isn't
+                tracked stays as it is there.
 
         Raises:
             TypeError: The model is no module.
-            ValueError: Names are missing or shapes differ; the error lists them all.
+            ValueError: Names are missing, or shapes or kinds of dtypes differ, or a tensor can't be
+                written; the error lists them. Nothing is written then.
             RuntimeError: The tracked model itself while it is swapped, or one that holds the ema
                 of another manager.
         """
@@ -497,35 +558,33 @@ class EMAManager:
         _tracking.refuse_fsdp1(f"{_TITLE}.copy_to", model)
         members = {member.name: member for member in _tracking.read(model).members}
         emas = self._emas()
-        problems = [f"'{name}' is missing in the model" for name in emas if name not in members]
-        problems += [
-            f"'{name}' has shape {list(members[name].tensor.shape)} but its ema has "
-            f"{list(ema.shape)}"
+        problems = [
+            f"'{name}' {problem}"
             for name, ema in emas.items()
-            if name in members and members[name].tensor.shape != ema.shape
+            if (problem := _misfit(ema, members.get(name)))
         ]
-        problems += [
-            f"'{name}' is on the meta device (offloaded?) and holds no values there; copy before "
-            "the model is offloaded"
-            for name in emas
-            if name in members and members[name].tensor.is_meta
-        ]
+        tied = _tracking.group_tied([members[name] for name in emas if name in members])
+        for first, *others in tied:
+            ema = emas[first.name]
+            problems += [
+                f"'{first.name}' and '{other.name}' differ but are one tensor in the model"
+                for other in others
+                if other.tensor.stride() == first.tensor.stride()
+                and not _state.same_values(ema, emas[other.name])
+            ]
         if problems:
             raise ValueError(
                 f"{_TITLE}.copy_to: the model doesn't fit; nothing was changed:\n  "
                 + "\n  ".join(_checks.listed(problems))
             )
-        tied = _tracking.group_tied([members[name] for name in emas])
         if self._is_swapped:
-            own = {id(slot.param) for slot in self._tracked.slots}
-            if any(id(group[0].tensor) in own for group in tied):
+            own = {_tracking.memory_of(slot.param) for slot in self._tracked.slots}
+            if any(_tracking.memory_of(group[0].tensor) in own for group in tied):
                 raise RuntimeError(
                     f"{_TITLE}.copy_to: the model is swapped, so it holds the ema already; swap "
                     "back first"
                 )
         self._refuse_if_another_holds("copy_to", ((m.name, m.tensor) for g in tied for m in g))
-        for group in tied:
-            _slots.check_memory("copy_to", group[0])
         _storage.copy([group[0].tensor for group in tied], [emas[group[0].name] for group in tied])
 
     # ---- when the model has changed
@@ -561,11 +620,13 @@ class EMAManager:
             ValueError: As making a manager.
         """
         self._refuse_if_swapped("refresh")
-        old = self._emas()
-        tracked, frozen = self._track(old)
+        emas, old = self._emas(), {slot.name: slot for slot in self._tracked.slots}
+        tracked, frozen = self._track("refresh", self._tracked)
         goes_on, started = [], []
         for slot in tracked.slots:
-            before = old.get(slot.name)
+            before = emas.get(slot.name)
+            if slot.name in old and old[slot.name].ema is slot.ema:
+                continue
             if (
                 before is not None
                 and before.shape == slot.ema.shape
@@ -583,14 +644,21 @@ class EMAManager:
     def state_dict(self) -> dict[str, Any]:
         """The manager's state, by name; :mod:`fused_ema.state` says what is in it.
 
-        The tensors are the live ones, not copies, as in ``module.state_dict()``. Under ``"ema"``
-        stands the average, whether the model is swapped or not.
+        The tensors are the live ones, not copies, as in ``module.state_dict()``. While swapped they
+        are copies: the memory of each changes sides with the swap back, and the state says what it
+        held when it was taken. Under ``"ema"`` stands the average in any case.
         """
-        ema = self._emas()
+        if not self._is_swapped:
+            return _state.pack(self._iteration, self._num_updates, self._emas(), {}, False)
+        self._follow_buffers()
         tracked = self._tracked
-        raw = {}
-        if self._is_swapped:
-            raw = tracked.by_name(self._raw_of)
+        emas = [self._ema_of(i) for i in range(len(tracked.slots))]
+        raws = [self._aside.get(i, slot.ema) for i, slot in enumerate(tracked.slots)]
+        like = [*emas, *raws]
+        copies = _storage.allocate(like, [t.dtype for t in like], [t.device for t in like])
+        _storage.copy(copies, like)
+        ema = tracked.by_name(copies.__getitem__)
+        raw = tracked.by_name(copies[len(emas) :].__getitem__)
         return _state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
 
     def load_state_dict(
@@ -669,13 +737,17 @@ class EMAManager:
         tracked = self._tracked
         if tracked.tree.is_current():
             return tracked
+        anew = tracked.tree.buffers_assigned_anew()
+        if anew is not None and tracked.follow_buffers(op, anew):
+            tracked.tree.take_over_buffers()
+            return tracked
         tree = _tracking.read(self._model)
         was = {member.name: member for member in tracked.members}
         now = {member.name: member for member in self._selection.choose(tree.members, was)}
         changes = [
             f"'{name}' was replaced: {_described(was[name])} before, {_described(now[name])} now"
             for name in was
-            if name in now and not _is_continued(was[name], now[name])
+            if name in now and not _slots.is_continued(was[name], now[name])
         ]
         changes += [f"'{name}' is new: {_described(now[name])}" for name in now if name not in was]
         changes += [f"'{name}' is gone: {_described(was[name])}" for name in was if name not in now]
@@ -690,6 +762,7 @@ class EMAManager:
                 _slots.check_memory(op, member)
         self._tracked = tracked.rebound(tree, now)
         self._frozen = self._selection.left_frozen(tree.members, now)
+        tree.members.clear()
         return self._tracked
 
     def _refuse_if_unfrozen(self, op: str) -> None:
@@ -705,25 +778,31 @@ class EMAManager:
         if self._is_swapped:
             raise RuntimeError(
                 f"{_TITLE}.{op}: the model is swapped already; "
-                + ("leave swapped()" if self._in_context else "call swap()")
+                + ("leave swapped() or call swap()" if self._in_context else "call swap()")
                 + " first"
             )
         self._refuse_if_another_is_swapped(op)
 
     def _refuse_if_another_is_swapped(self, op: str) -> None:
         if _swapped_managers:
-            self._refuse_if_another_holds(op, ((s.name, s.param) for s in self._tracked.slots))
+            # Asked again only where another set of managers is swapped, or other tensors tracked.
+            checked = (_swaps.count, self._tracked)
+            if self._checked != checked:
+                self._refuse_if_another_holds(op, ((s.name, s.param) for s in self._tracked.slots))
+                self._checked = checked
 
     def _refuse_if_another_holds(self, op: str, named: Iterable[tuple[str, Tensor]]) -> None:
-        names = {id(tensor): name for name, tensor in named}
-        for reference in _swapped_managers.valuerefs():
-            other = reference()
-            if other is None or other is self:
-                continue
-            for slot in other._tracked.slots:
-                if id(slot.param) in names:
+        others = [reference() for reference in _swapped_managers.valuerefs()]
+        others = [other for other in others if other is not None and other is not self]
+        if not others:
+            return
+        names = {_tracking.memory_of(tensor): name for name, tensor in named}
+        for other in others:
+            for slot in other._tracked.slots if other is not None else ():
+                name = names.get(_tracking.memory_of(slot.param))
+                if name is not None:
                     raise RuntimeError(
-                        f"{_TITLE}.{op}: '{names[id(slot.param)]}' holds the ema of another "
+                        f"{_TITLE}{'.' if op else ''}{op}: '{name}' holds the ema of another "
                         "manager; swap that one back first"
                     )
 
@@ -735,18 +814,42 @@ class EMAManager:
     def _ema_of(self, index: int) -> Tensor:
         slot = self._tracked.slots[index]
         is_in_model = self._is_swapped and index not in self._aside
-        return slot.param.detach() if is_in_model else slot.shown_ema
-
-    def _raw_of(self, index: int) -> Tensor:
-        if index in self._aside:
-            return _storage.with_own_storage(self._aside[index])
-        return self._tracked.slots[index].shown_ema
+        return slot.param.detach() if is_in_model else slot.ema
 
 
 def was_skipped(optimizer: object) -> bool:
     """Whether a gradient scaler has just let a fused optimizer skip its step; for a step hook."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)
+
+
+def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
+    """Why an average can't be copied into a model's tensor; empty where it can."""
+    if member is None:
+        return "is missing in the model"
+    tensor = member.tensor
+    if tensor.shape != ema.shape:
+        return f"has shape {list(tensor.shape)} but its ema has {list(ema.shape)}"
+    floats = ema.is_floating_point(), tensor.is_floating_point()
+    if tensor.dtype != ema.dtype and not all(floats):
+        fits = not any(floats) and torch.promote_types(ema.dtype, tensor.dtype) == tensor.dtype
+        if not fits or torch.bool in (ema.dtype, tensor.dtype):
+            return f"is {tensor.dtype} but its ema is {ema.dtype}"
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "was made in torch.inference_mode(), outside of which it can't be written"
+    try:
+        _slots.check_memory("copy_to", member)
+    except ValueError as error:
+        return str(error).partition("' ")[2]
+    return ""
+
+
+def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
+    return dtype != than and torch.promote_types(dtype, than) == dtype
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if has_plain_memory(tensor) else 0
 
 
 def _ema_in(state: object, name: str) -> object:
@@ -765,13 +868,3 @@ class _Write(NamedTuple):
 def _described(member: _tracking.Member) -> str:
     tensor = member.tensor
     return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} on {tensor.device}"
-
-
-def _is_continued(was: _tracking.Member, now: _tracking.Member) -> bool:
-    """Whether a name's tensor is the same, or a buffer assigned anew or converted."""
-    a, b = was.tensor, now.tensor
-    if a is b:
-        return True
-    same_kind = a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
-    same_place = a.shape == b.shape and a.device == b.device
-    return was.is_buffer and now.is_buffer and same_kind and same_place

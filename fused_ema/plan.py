@@ -117,6 +117,11 @@ class Plan:
         """Calls that have done all of their work."""
         return int(self._plan.num_runs)
 
+    @property
+    def _num_refreshes(self) -> int:
+        """How often tensors had moved."""
+        return int(self._plan.num_refreshes)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             "fused_ema.Plan: a plan can't be copied or pickled, since it holds on to the memory of "

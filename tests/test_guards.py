@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 
 import fused_ema
-from fused_ema import EMAManager, ops, schedules
+from fused_ema import EMAManager, _tracking, ops, schedules
 from fused_ema.testing import assert_bits_equal
 
 
@@ -112,7 +114,7 @@ def test_expanded_buffers_are_refused_by_name(mode, dtype):
     other.register_buffer("anchors", torch.ones(2, 12).to(dtype))
     ema = EMAManager(other, 0.1, buffers=mode)
     before = model.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"copy_to: 'anchors' is expanded"):
+    with pytest.raises(ValueError, match=r"(?s)copy_to: .*'anchors' is expanded"):
         ema.copy_to(model)
     assert torch.equal(model.weight, before)
     other.anchors = torch.ones(1, 12).to(dtype).expand(2, -1)
@@ -354,3 +356,263 @@ def test_no_warning_without_reason(monkeypatch, momentum):
         ema = EMAManager(model, momentum_fun=schedules.constant(0.9))
         ema.update()
     assert ema.num_updates == 1
+
+
+# ---- while the model holds the average
+
+
+def test_a_manager_is_not_made_of_another_ones_average():
+    model, ema = averaged()
+    view = nn.Linear(4, 4)
+    view.weight = nn.Parameter(model.weight.detach())  # Another object over the same memory.
+    other = EMAManager(view, 0.1)
+    with ema.swapped():
+        with pytest.raises(RuntimeError, match="EMAManager: 'weight' holds the ema of another"):
+            EMAManager(model, 0.1)
+        with pytest.raises(RuntimeError, match="update: 'weight' holds the ema of another"):
+            other.update()
+    other.update()
+
+
+def test_swap_leaves_a_context_that_nobody_can_leave():
+    model, ema = averaged()
+    raw = model.weight.detach().clone()
+    context = ema.swapped()
+    context.__enter__()
+    with pytest.raises(RuntimeError, match=r"leave swapped\(\) or call swap\(\) first"):
+        ema.reset()
+    ema.swap()
+    assert torch.equal(model.weight, raw)
+    ema.update()
+    context.__exit__(None, None, None)
+    assert torch.equal(model.weight, raw)
+
+
+def test_a_state_taken_inside_says_what_it_held():
+    model, ema = averaged()
+    raw = model.weight.detach().clone()
+    average = dict(ema.named_emas())["weight"].clone()
+    with ema.swapped():
+        state = ema.state_dict()
+    with torch.no_grad():
+        model.weight.add_(1)
+    ema.update()
+    assert torch.equal(state["ema"]["weight"], average)
+    assert torch.equal(state["raw"]["weight"], raw)
+    ema.load_state_dict(state)
+    ema.swap()
+    assert torch.equal(model.weight, raw)
+    assert torch.equal(dict(ema.named_emas())["weight"], average)
+
+
+def test_a_model_that_is_rounded_inside_is_told_of():
+    model, ema = averaged()
+    says = "'weight', 'bias' were converted or moved"
+    with pytest.warns(UserWarning, match=says), ema.swapped():
+        model.half().float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ema.swapped():
+            model.weight.data += 0
+
+
+def test_layers_replaced_inside_are_told_of():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = EMAManager(model, 0.5)
+    says = "'0.weight', '0.bias' were replaced or removed"
+    with pytest.warns(UserWarning, match=says), ema.swapped():
+        model[0] = nn.Identity()
+
+
+# ---- copy_to
+
+
+def test_copy_to_a_model_that_cannot_hold_it():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model.register_buffer("floats", torch.full((2,), 0.7))
+    model.register_buffer("count", torch.tensor(300))
+    ema = EMAManager(model, 0.5)
+    other = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    other[1].weight = other[0].weight
+    other.register_buffer("floats", torch.zeros(2, dtype=torch.int64))
+    other.register_buffer("count", torch.tensor(0, dtype=torch.int8))
+    before = other[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="the model doesn't fit; nothing was changed") as error:
+        ema.copy_to(other)
+    text = str(error.value)
+    assert "'floats' is torch.int64 but its ema is torch.float32" in text
+    assert "'count' is torch.int8 but its ema is torch.int64" in text
+    assert "'0.weight' and '1.weight' differ but are one tensor in the model" in text
+    assert torch.equal(other[0].weight, before)
+    with torch.inference_mode():
+        made = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        made.register_buffer("floats", torch.zeros(2))
+        made.register_buffer("count", torch.tensor(0))
+    with pytest.raises(ValueError, match=r"'0.weight' was made in torch.inference_mode\(\)"):
+        ema.copy_to(made)
+
+
+# ---- in the manager's words
+
+
+@pytest.mark.parametrize("op", ["update", "swap"])
+def test_what_the_plan_finds_is_said_with_the_way_out(op):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = EMAManager(model, 0.5)
+    model[1].weight.data = model[0].weight.data
+    with pytest.raises(ValueError, match=r"'0.weight' and '1.weight' share memory.*refresh\(\)"):
+        getattr(ema, op)()
+    ema.refresh()
+    ema.update()
+    model.double()
+    with pytest.raises(TypeError, match=r"'0.weight' is torch.float64 now .* refresh\(\)"):
+        getattr(ema, op)()
+
+
+# ---- memory and time
+
+
+def test_nothing_is_left_to_the_garbage_collector():
+    def made():
+        model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        model.register_buffer("queue", torch.zeros(3))
+        return model, EMAManager(model, 0.5)
+
+    def assigned(model, ema):
+        model.queue = model.queue + 1
+        ema.update()
+
+    def failed(model, ema):
+        model[0] = nn.Linear(3, 3)
+        with pytest.raises(RuntimeError):
+            ema.update()
+        ema.refresh()
+
+    def hooked(model, ema):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ema.register_step_post_hook(optimizer)
+        optimizer.step()
+
+    def swapped(model, ema):
+        with ema.swapped():
+            pass
+        ema.copy_to(model)
+        ema.load_state_dict(ema.state_dict())
+
+    gc.collect()
+    gc.disable()
+    try:
+        for do in (lambda model, ema: ema.update(), assigned, hooked, swapped, failed):
+            model, ema = made()
+            do(model, ema)
+            held = [model, ema, model[0].weight, model.queue, ema._tracked.plan]
+            held = [weakref.ref(thing) for thing in held]
+            del model, ema
+            assert [reference() is None for reference in held] == [True] * 5, do
+        model, ema = made()
+        queues = []
+        for _ in range(5):
+            queues.append(weakref.ref(model.queue))
+            assigned(model, ema)
+        assert [reference() is None for reference in queues] == [True] * 5
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", ["queue", "1.running_mean"])
+def test_a_buffer_assigned_anew_is_followed_without_making_all_anew(monkeypatch, name):
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    model.register_buffer("queue", torch.zeros(3))
+    ema = EMAManager(model, 0.5)
+    plain = EMAManager(model, 0.5, include=["0.*"])
+    module, _, key = name.rpartition(".")
+    owner = model.get_submodule(module)
+
+    def assign(step):
+        setattr(owner, key, torch.full((3,), float(step + 1)))
+        ema.update()
+        plain.update()
+
+    expected = getattr(owner, key).clone()
+    assign(0)
+    plans = [ema._tracked.plan]
+    read = []
+    monkeypatch.setattr(_tracking, "read", lambda model: read.append(model))
+    for step in range(1, 4):
+        assign(step)
+        plans.append(ema._tracked.plan)
+    for step in range(4):
+        new = torch.full((3,), float(step + 1))
+        expected = new if name == "queue" else expected.lerp(new, 0.5)
+    assert torch.equal(dict(ema.named_emas())[name], expected)
+    assert read == []
+    assert len(set(map(id, plans))) == 1
+    with ema.swapped():
+        assert torch.equal(getattr(owner, key), expected)
+    assert torch.equal(getattr(owner, key), new)
+
+
+def test_a_model_laid_anew_keeps_its_kernels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    ema = EMAManager(model, 0.5)
+    model.to(memory_format=torch.channels_last)
+    expected = {name: tensor.clone() for name, tensor in ema.named_emas()}
+    for step in range(3):
+        with torch.no_grad():
+            model[0].weight.add_(step)
+        ema.update()
+        for name, parameter in model.named_parameters():
+            expected[name].lerp_(parameter.detach(), 0.5)
+    emas = dict(ema.named_emas())
+    for name, parameter in model.named_parameters():
+        assert emas[name].stride() == parameter.stride()
+        assert_bits_equal(emas[name].contiguous(), expected[name].contiguous(), name)
+    assert len(ema._tracked.plan.describe()) == 1
+
+
+def test_refresh_keeps_the_memory_of_what_is_the_same():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    ema = EMAManager(model, 0.5)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+    ema.update()
+    before = dict(ema.named_emas())
+    values = {name: tensor.clone() for name, tensor in before.items()}
+    model[1] = nn.Linear(4, 2)
+    assert ema.refresh() == ["1.weight", "1.bias"]
+    after = dict(ema.named_emas())
+    for name in ("0.weight", "0.bias"):
+        assert after[name].data_ptr() == before[name].data_ptr()
+        assert torch.equal(after[name], values[name])
+    assert torch.equal(after["1.weight"], model[1].weight)
+
+
+def test_untied_tensors_do_not_share_an_average():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    ema = EMAManager(model, 0.5)
+    kept = dict(ema.named_emas())["0.weight"].clone()
+    model[1].weight = nn.Parameter(model[0].weight.detach() + 4)
+    assert ema.refresh() == []
+    emas = dict(ema.named_emas())
+    assert torch.equal(emas["0.weight"], kept)
+    assert torch.equal(emas["1.weight"], kept)
+    ema.update()
+    emas = dict(ema.named_emas())
+    assert torch.equal(emas["0.weight"], kept)
+    assert torch.equal(emas["1.weight"], kept.lerp(model[1].weight, 0.5))
+
+
+def test_the_default_device_does_not_matter():
+    model, ema = averaged()
+    before = torch.get_default_device()
+    torch.set_default_device("meta")
+    try:
+        ema.update()
+        EMAManager(model, 0.5).update()
+        with ema.swapped():
+            pass
+        ema.refresh()
+        ema.load_state_dict(ema.state_dict())
+    finally:
+        torch.set_default_device(before)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import math
 import pickle
 import re
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -281,11 +283,17 @@ def test_one_allocation_for_each_dtype_and_device():
     ema = EMAManager(model)
     by_dtype = {}
     for slot in ema._tracked.slots:
-        found = by_dtype.setdefault(slot.ema.dtype, set())
-        found.add(slot.ema.untyped_storage().data_ptr())
-    assert {dtype: len(found) for dtype, found in by_dtype.items()} == dict.fromkeys(
-        (torch.float32, torch.int64, torch.bool, torch.uint8, torch.complex64), 1
-    )
+        begin = slot.ema.data_ptr()
+        if slot.ema.numel():
+            end = begin + slot.ema.numel() * slot.ema.element_size()
+            by_dtype.setdefault(slot.ema.dtype, []).append((begin, end))
+    assert set(by_dtype) == {
+        *(torch.float32, torch.int64, torch.bool, torch.uint8, torch.complex64)
+    }
+    for parts in by_dtype.values():
+        parts.sort()
+        for (_, end), (begin, _) in itertools.pairwise(parts):
+            assert 0 <= begin - end < 128
     found = dict(ema.named_emas())
     for name, tensor in model.state_dict().items():
         assert found[name].stride() == tensor.stride(), name
@@ -587,18 +595,6 @@ def swapped_by_hand(ema):
         ema.swap()
 
     return swapped()
-
-
-def test_swap_is_refused_inside_swapped():
-    model = Net()
-    ema = EMAManager(model, 0.5)
-    move(model, 0)
-    raw = values_of(model)
-    with ema.swapped():
-        with pytest.raises(RuntimeError, match=r"swap: inside of swapped\(\)"):
-            ema.swap()
-        assert ema.is_swapped
-    assert_same(model.state_dict(), raw)
 
 
 def test_two_managers_of_one_model():
@@ -1032,7 +1028,9 @@ def test_a_model_that_changed_inside_swapped_gets_its_raw_weights_back(change, e
     raw = values_of(model)
     averages = {name: tensor.clone() for name, tensor in ema.named_emas()}
     old = dict(model.named_parameters())
-    with ema.swapped():
+    tells = change is not grown and change is not grown_by_a_lazy_module
+    told = pytest.warns(UserWarning, match="raw weights back") if tells else nullcontext()
+    with told, ema.swapped():
         change(model)
     for name, parameter in old.items():
         same(parameter.detach(), raw[name], name)

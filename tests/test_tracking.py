@@ -154,27 +154,54 @@ def test_a_script_module_is_averaged_too():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([{}], (), bytearray(8)), TypeError, "takes two tuples and a bytearray"),
+        (([{}], ([],), bytearray(8)), TypeError, "takes two tuples and a bytearray"),
         ((({},), [], bytearray(8)), TypeError, "takes two tuples and a bytearray"),
-        ((({},), (), b"12345678"), TypeError, "takes two tuples and a bytearray"),
-        ((({}, {}), (), bytearray(8)), ValueError, "8 bytes of versions for 2 dicts"),
-        ((({}, [1]), (), bytearray(16)), TypeError, "item 1 is a list, not a dict"),
+        ((({},), ([],), b"12345678"), TypeError, "takes two tuples and a bytearray"),
+        ((({}, {}), ([], []), bytearray(8)), ValueError, "8 bytes of versions for 2 dicts"),
+        ((({}, {}), ([],), bytearray(16)), ValueError, "1 lists and 16 bytes of versions"),
+        ((({}, [1]), ([], []), bytearray(16)), TypeError, "item 1 is a list with a list, not a"),
+        ((({}, {}), ([], ()), bytearray(16)), TypeError, "item 1 is a dict with a tuple, not a"),
     ],
 )
 def test_what_the_native_check_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
-        _native.C.hold_exactly(*arguments)
+        _native.C.changed_dicts(*arguments)
 
 
 def test_the_native_check_compares_objects_not_values():
     one, other = [1], [1]
     versions = bytearray(8)
     held = {"a": one}
-    assert _native.C.hold_exactly((held,), (one,), versions)
-    assert not _native.C.hold_exactly((held,), (other,), bytearray(8))
-    assert not _native.C.hold_exactly((held,), (), bytearray(8))
-    assert not _native.C.hold_exactly((held,), (one, one), bytearray(8))
-    assert _native.C.hold_exactly((held,), (...,), bytearray(8))
+    assert _native.C.changed_dicts((held,), (["a", one],), versions) == []
+    assert _native.C.changed_dicts((held,), (["a", other],), bytearray(8)) == [0]
+    assert _native.C.changed_dicts((held,), ([],), bytearray(8)) == [0]
+    assert _native.C.changed_dicts((held,), (["b", one],), bytearray(8)) == [0]
+    assert _native.C.changed_dicts((held,), (["a", one, "b", one],), bytearray(8)) == [0]
+    assert _native.C.changed_dicts((held,), (["a", ...],), bytearray(8)) == []
     held["a"] = other
-    assert not _native.C.hold_exactly((held,), (one,), versions)
+    assert _native.C.changed_dicts((held,), (["a", one],), versions) == [0]
     assert versions == bytearray(8)
+
+
+def test_the_native_check_names_each_dict_that_changed():
+    dicts = tuple({"a": object()} for _ in range(4))
+    held = tuple(["a", owned["a"]] for owned in dicts)
+    versions = bytearray(32)
+    assert _native.C.changed_dicts(dicts, held, versions) == []
+    dicts[1]["a"] = object()
+    dicts[3]["b"] = object()
+    for _ in range(2):
+        assert _native.C.changed_dicts(dicts, held, versions) == [1, 3]
+    held[1][1] = dicts[1]["a"]
+    assert _native.C.changed_dicts(dicts, held, versions) == [3]
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach"], indirect=True)
+def test_another_name_is_another_tensor(backend):
+    model = nn.Module()
+    model.net = nn.Linear(2, 2)
+    ema = EMAManager(model, 0.5)
+    model.backbone = model.net
+    del model.net
+    with pytest.raises(RuntimeError, match=r"(?s)'backbone.weight' is new.*'net.weight' is gone"):
+        ema.update()
