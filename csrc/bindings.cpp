@@ -185,11 +185,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy_", &py_copy);
 
   py::class_<Plan>(m, "Plan")
-      .def(py::init([](py::handle ema, py::handle params, std::vector<std::string> names) {
-        return std::make_unique<Plan>(unpack("Plan", "ema", ema.ptr()).tensors(),
-                                      unpack("Plan", "params", params.ptr()).tensors(),
-                                      std::move(names));
-      }))
+      .def(py::init([](py::handle ema, py::handle params, std::vector<std::string> names,
+                       bool only_moves) {
+             return std::make_unique<Plan>(unpack("Plan", "ema", ema.ptr()).tensors(),
+                                           unpack("Plan", "params", params.ptr()).tensors(),
+                                           std::move(names), only_moves);
+           }),
+           py::arg("ema"), py::arg("params"), py::arg("names"), py::arg("only_moves") = false)
       .def("update",
            [](Plan& plan, py::handle momentum, const std::string& form) {
              const Operation operation = parse_update("Plan.update", momentum, form);

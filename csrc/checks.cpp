@@ -45,6 +45,20 @@ std::optional<Dtype> dtype_of(at::ScalarType type) {
   }
 }
 
+// What a dtype without kernels may be moved as.
+std::optional<Dtype> dtype_of_width(size_t bytes) {
+  switch (bytes) {
+    case 2:
+      return Dtype::kBFloat16;
+    case 4:
+      return Dtype::kFloat32;
+    case 8:
+      return Dtype::kFloat64;
+    default:
+      return std::nullopt;
+  }
+}
+
 std::string supported_pairs(bool either_order) {
   std::string text;
   const auto add = [&](Dtype a, Dtype b) {
@@ -110,9 +124,9 @@ void check_pair(const Signature& s, const at::Tensor& a, const at::Tensor& b,
   };
   check_layout(a, at_a);
   check_layout(b, at_b);
-  TORCH_CHECK_TYPE(find_pair(a.scalar_type(), b.scalar_type(), s.either_order).has_value(),
-                   "fused_ema.", s.op, ": ", at_a, " is torch.", dtype_name(a.scalar_type()),
-                   " and ", at_b, " is torch.", dtype_name(b.scalar_type()),
+  TORCH_CHECK_TYPE(find_pair(s, a.scalar_type(), b.scalar_type()).has_value(), "fused_ema.", s.op,
+                   ": ", at_a, " is torch.", dtype_name(a.scalar_type()), " and ", at_b,
+                   " is torch.", dtype_name(b.scalar_type()),
                    "; supported pairs: ", supported_pairs(s.either_order),
                    ". Convert one of them, or leave the pair out");
   TORCH_CHECK_VALUE(a.sizes() == b.sizes(), "fused_ema.", s.op, ": ", at_a, " has shape ",
@@ -156,7 +170,7 @@ CheckedPair look(const Signature& s, const at::Tensor& a, const at::Tensor& b, L
   CheckedPair pair;
   if (a.scalar_type() != last.a || b.scalar_type() != last.b) {
     last = {a.scalar_type(), b.scalar_type()};
-    last.found = find_pair(last.a, last.b, s.either_order);
+    last.found = find_pair(s, last.a, last.b);
   }
   if (!last.found) return pair;
   pair.pair = last.found->pair;
@@ -341,15 +355,16 @@ const char* dtype_name(Dtype dtype) {
   return "";
 }
 
-std::optional<FoundPair> find_pair(at::ScalarType a, at::ScalarType b, bool either_order) {
-  const std::optional<Dtype> x = dtype_of(a);
-  const std::optional<Dtype> y = dtype_of(b);
+std::optional<FoundPair> find_pair(const Signature& s, at::ScalarType a, at::ScalarType b) {
+  std::optional<Dtype> x = dtype_of(a);
+  if (!x && s.moves_bits && a == b) x = dtype_of_width(c10::elementSize(a));
+  const std::optional<Dtype> y = a == b ? x : dtype_of(b);
   if (!x || !y) return std::nullopt;
   for (int i = 0; i < kNumDtypePairs; ++i) {
     const auto pair = static_cast<DtypePair>(i);
     const PairDtypes dtypes = dtypes_of(pair);
     if (dtypes.a == *x && dtypes.b == *y) return FoundPair{pair, false};
-    if (either_order && dtypes.a == *y && dtypes.b == *x) return FoundPair{pair, true};
+    if (s.either_order && dtypes.a == *y && dtypes.b == *x) return FoundPair{pair, true};
   }
   return std::nullopt;
 }

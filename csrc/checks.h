@@ -23,12 +23,14 @@ struct Signature {
   bool writes_a;
   bool writes_b;
   bool either_order;
+  bool moves_bits = false;  // any dtype of 2, 4 or 8 bytes with itself, for exchanges and copies
 };
 
 constexpr Signature kUpdateSignature{"update_", "ema", "params", true, false, false};
 constexpr Signature kSwapSignature{"swap_", "a", "b", true, true, true};
 constexpr Signature kCopySignature{"copy_", "dst", "src", true, false, true};
 constexpr Signature kPlanSignature{"Plan", "ema", "params", true, true, false};
+constexpr Signature kCopyPlanSignature{"Plan", "ema", "params", true, true, false, true};
 
 // As Python spells them after "torch.".
 const char* dtype_name(at::ScalarType type);
@@ -39,7 +41,7 @@ struct FoundPair {
   DtypePair pair;
   bool flipped;
 };
-std::optional<FoundPair> find_pair(at::ScalarType a, at::ScalarType b, bool either_order);
+std::optional<FoundPair> find_pair(const Signature& s, at::ScalarType a, at::ScalarType b);
 
 // One pair that check_lists has passed, and what it read of it. In a long list a tensor has left
 // the caches by the time of a second look.

@@ -46,8 +46,11 @@ bool has_geometry(const c10::TensorImpl& tensor, const int64_t* saved) {
 
 }  // namespace
 
-Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names)
-    : ema_(std::move(ema)), params_(std::move(params)), names_(std::move(names)) {
+Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names, bool only_moves)
+    : signature_(only_moves ? kCopyPlanSignature : kPlanSignature),
+      ema_(std::move(ema)),
+      params_(std::move(params)),
+      names_(std::move(names)) {
   refresh();
   Registry& registry = Registry::registry();
   const std::lock_guard<std::mutex> lock(registry.mutex);
@@ -61,7 +64,7 @@ Plan::~Plan() {
 }
 
 void Plan::refresh() {
-  const CheckedPairs checked = check_lists(kPlanSignature, ema_, params_, names_);
+  const CheckedPairs checked = check_lists(signature_, ema_, params_, names_);
   for (const Tensors* tensors : {&ema_, &params_}) {
     for (const at::Tensor& tensor : *tensors) {
       // An upload recorded in a graph would read this host memory again at every replay.
@@ -72,7 +75,7 @@ void Plan::refresh() {
     }
   }
   auto state = std::make_unique<State>();
-  state->groups = make_groups(kPlanSignature, ema_, params_, checked);
+  state->groups = make_groups(signature_, ema_, params_, checked);
   // A new plan waits for its upload. One that is made anew inside a call must not, and need not:
   // a stream that isn't ordered after this one would already race on the emas.
   const bool is_new = num_refreshes_ < 0;
@@ -158,7 +161,10 @@ void Plan::check() {
   if (is_stale()) refresh();
 }
 
-void Plan::update(const Operation& operation) { run_checked(operation); }
+void Plan::update(const Operation& operation) {
+  TORCH_CHECK(!signature_.moves_bits, "fused_ema.Plan: this one only moves values");
+  run_checked(operation);
+}
 void Plan::swap() { run_checked(Operation{Operation::Kind::kSwap}); }
 void Plan::copy_to_ema() { run_checked(Operation{Operation::Kind::kCopyToA}); }
 void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB}); }

@@ -12,8 +12,9 @@ namespace fused_ema {
 
 class Plan {
  public:
-  // Keeps the tensors alive. Raises what check_lists raises.
-  Plan(Tensors ema, Tensors params, std::vector<std::string> names);
+  // Keeps the tensors alive. Raises what check_lists raises. only_moves: for exchanges and copies,
+  // of other dtypes too.
+  Plan(Tensors ema, Tensors params, std::vector<std::string> names, bool only_moves);
   ~Plan();
 
   // Any of these first compares every tensor with what the plan was made for, and makes the plan
@@ -78,6 +79,7 @@ class Plan {
   bool is_stale() const;
   void run_checked(const Operation& operation);
 
+  const Signature& signature_;
   Tensors ema_;
   Tensors params_;
   std::vector<std::string> names_;

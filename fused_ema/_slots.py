@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fused_ema import _storage, ops
-from fused_ema._foreach import DTYPE_PAIRS, dtype_name, is_dense
+from fused_ema import _native, _storage, ops
+from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
 from fused_ema._tracking import Buffers, Member, Tree, group_tied, memory_of
 from fused_ema.ops import Form
 from fused_ema.plan import Plan
@@ -35,8 +35,8 @@ class Slot:
         ema: In the param's strides.
         stage: Where the ema is on another device: room for the param's values there.
         param_device: Where the param was when the ema was made.
-        in_plan: Whether the plan updates it. Not what is assigned anew in each step, for which the
-            plan would be made anew each time.
+        in_plan: Whether a plan averages or copies it. Not what is assigned anew in each step, for
+            which the plan would be made anew each time.
     """
 
     members: tuple[Member, ...]
@@ -48,7 +48,12 @@ class Slot:
     in_plan: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.in_plan = self.kind == "average"
+        self.in_plan = self.kind == "average" or (
+            self.kind == "copy"
+            and self.exchanges()
+            and self.ema.element_size() in (2, 4, 8)
+            and has_plain_memory(self.param)
+        )
 
     @property
     def name(self) -> str:
@@ -107,6 +112,7 @@ class Tracked:
         self.followed = [slot for slot in slots if slot.kind != "average"]
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
         self.loose: list[Slot] = []
+        self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [
             slot for slot in slots if any(m.tensor is not slot.param for m in slot.members)
         ]
@@ -121,19 +127,69 @@ class Tracked:
             [slot.name for slot in planned],
         )
 
+    @cached_property
+    def _copies(self) -> Any:
+        """A plan of the copied slots; None without kernels."""
+        planned = [slot for slot in self.copied if slot.in_plan]
+        if _native.C is None or not planned:
+            return None
+        params = [slot.param for slot in planned]
+        return _native.C.Plan(
+            [slot.ema for slot in planned], params, [slot.name for slot in planned], True
+        )
+
     def update(self, momentum: float, form: Form) -> None:
-        """Averages: all of them, or none where an error is raised."""
+        """Averages and copies: all of them, or none where an error is raised.
+
+        After a failed copy from another device some may have been copied; it can be made again.
+        """
+        copies = self._checked_copies()
+        loose = self.copied if copies is None else self.loose_copied
+        early = []
+        if loose:
+            self.check_geometry("update", loose)
+            early = [slot for slot in loose if not slot.exchanges()]
+        if early:
+            self.plan._check()
+            _storage.copy([slot.ema for slot in early], [slot.param for slot in early])
+        self._average(momentum, form)
+        # What is left can't fail any more.
+        if copies is not None:
+            copies.copy_to_ema()
+        late = [slot for slot in loose if slot not in early] if early else loose
+        if late:
+            _storage.copy([slot.ema for slot in late], [slot.param for slot in late])
+
+    def _checked_copies(self) -> Any:
+        copies = self._copies
+        if copies is not None:
+            try:
+                copies.check()
+            except (TypeError, ValueError):
+                # One was converted, say: torch copies it from now on.
+                planned = [slot for slot in self.copied if slot.in_plan]
+                self.check_geometry("update", planned)
+                for slot in planned:
+                    slot.in_plan = False
+                self.loose_copied = self.copied
+                self._copies = copies = None
+        return copies
+
+    def _average(self, momentum: float, form: Form) -> None:
         if self.loose:
             self.plan._check()
             emas, sources = [s.ema for s in self.loose], [s.source for s in self.loose]
             ops._update(emas, sources, momentum, form)
         self.plan._update(momentum, form)
 
-    def copy_to_emas(self) -> None:
-        """Copies the averaged slots."""
-        if self.loose:
+    def follow(self) -> None:
+        """Copies all: before the first average."""
+        if self.followed or self.loose:
+            self.check_geometry("update", self.followed)
             self.plan._check()
-            _storage.copy([s.ema for s in self.loose], [s.source for s in self.loose])
+            pairs = [(slot.ema, slot.param) for slot in self.followed]
+            pairs += [(slot.ema, slot.source) for slot in self.loose]
+            _storage.copy([ema for ema, _ in pairs], [values for _, values in pairs])
         self.plan.copy_to_ema()
 
     @cached_property
@@ -159,8 +215,9 @@ class Tracked:
             self.members[place], slot.members = now, (now,)
             if slot.in_plan:
                 slot.in_plan = False
-                self.loose.append(slot)
-                self.__dict__.pop("plan", None)
+                is_averaged = slot.kind == "average"
+                (self.loose if is_averaged else self.loose_copied).append(slot)
+                self.__dict__.pop("plan" if is_averaged else "_copies", None)
         return True
 
     def lay_anew(self) -> None:

@@ -9,7 +9,7 @@ from itertools import chain, compress
 import torch
 from torch import Tensor
 
-from fused_ema import ops
+from fused_ema import _caches, ops
 from fused_ema._foreach import DTYPE_PAIRS, EXCHANGE_PAIRS, has_plain_memory, is_dense
 from fused_ema.plan import Plan
 
@@ -148,10 +148,12 @@ def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     is_fast = [d.device == s.device and (d.dtype, s.dtype) in EXCHANGE_PAIRS for d, s in pairs]
     fast = list(compress(pairs, is_fast))
     # First, since it may want memory for its tables; a copy within one dtype and device wants none.
-    ops.copy_([d for d, _ in fast], [s for _, s in fast])
+    if fast:
+        ops.copy_([d for d, _ in fast], [s for _, s in fast])
     rest = [pair for pair, done in zip(pairs, is_fast, strict=True) if not done]
     if rest:
         torch._foreach_copy_([d for d, _ in rest], [s for _, s in rest])
+        _caches.drop()
 
 
 def are_finite(tensors: Sequence[Tensor]) -> list[bool]:

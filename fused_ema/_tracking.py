@@ -96,6 +96,7 @@ class Tree:
             for turn in (empty[turn::NUM_TURNS] for turn in range(NUM_TURNS))
         ]
         self._turn = 0
+        self._changed: list[int] = []
         # Of each dict of buffers, by id: what stands before its keys in names.
         self._prefixes = {} if prefixes is None else prefixes
 
@@ -110,12 +111,19 @@ class Tree:
         that was empty within NUM_TURNS calls.
         """
         self._turn = (self._turn + 1) % NUM_TURNS
-        return not self._filled.changed() and not self._empty[self._turn].changed()
+        self._changed = self._filled.changed()
+        return not self._changed and not self._empty[self._turn].changed()
 
-    def buffers_assigned_anew(self) -> Mapping[str, Tensor] | None:
-        """Name to tensor, where nothing but buffers has changed since; None where more has."""
+    def buffers_assigned_anew(self, so_far: bool = False) -> Mapping[str, Tensor] | None:
+        """Name to tensor, where nothing but buffers has changed since; None where more has.
+
+        Args:
+            so_far: As is_current_so_far(), which has just been asked, knows it.
+        """
         found: dict[str, Tensor] = {}
-        for index in self._filled.changed():
+        if not so_far:
+            self._changed = self._filled.changed()
+        for index in self._changed:
             owned, held = self._filled.dicts[index], self._filled.held[index]
             if id(owned) not in self._prefixes or [*owned] != held[::2]:
                 return None
@@ -125,11 +133,12 @@ class Tree:
                         return None
                     for prefix in self._prefixes[id(owned)]:
                         found[prefix + key] = value
-        return None if any(watch.changed() for watch in self._empty) else found
+        empty = [self._empty[self._turn]] if so_far else self._empty
+        return None if any(watch.changed() for watch in empty) else found
 
     def take_over_buffers(self) -> None:
         """What buffers_assigned_anew() found is what there is from now on."""
-        for index in self._filled.changed():
+        for index in self._changed:
             self._filled.take_over(index)
 
 

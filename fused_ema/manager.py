@@ -342,24 +342,19 @@ class EMAManager:
         """Averages with that momentum, or copies everything where there is none."""
         tracked = self._tracked
         if not tracked.tree.is_current_so_far():
-            tracked = self._follow("update")
+            tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
         if tracked.staged and any(s.source.dtype != s.param.dtype for s in tracked.staged):
             self._tracked = tracked = tracked.restaged()
-        copied = tracked.followed if momentum is None else tracked.copied
-        if tracked.tied or copied:
-            tracked.check_geometry("update", (*tracked.tied, *copied))
+        if tracked.tied:
+            tracked.check_geometry("update", tracked.tied)
         plan = tracked.plan
         num_refreshes = plan._num_refreshes
         try:
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.param for slot in staged])
-            if copied:
-                # Before the average: a copy that fails can be made again, an average can't.
-                plan._check()
-                _storage.copy([slot.ema for slot in copied], [slot.param for slot in copied])
             if momentum is None:
-                tracked.copy_to_emas()
+                tracked.follow()
             else:
                 tracked.update(momentum, self._form)
         except (TypeError, ValueError, RuntimeError):
@@ -515,8 +510,9 @@ class EMAManager:
             if i not in aside and slot.ema.dtype == slot.param.dtype
         ]
         # The plan has its table already, and takes its pairs in one launch; but only all of them.
-        by_plan = sum(slot.in_plan for slot in here) == len(tracked.plan)
-        rest = [slot for slot in here if not slot.in_plan] if by_plan else here
+        planned = {id(slot) for slot in tracked.averaged if slot.in_plan}
+        by_plan = planned <= {id(slot) for slot in here}
+        rest = [slot for slot in here if id(slot) not in planned] if by_plan else here
         exchange = _storage.Exchange(
             [slot.ema for slot in rest],
             [slot.param for slot in rest],
@@ -731,13 +727,18 @@ class EMAManager:
 
     # ---- how it is kept
 
-    def _follow(self, op: str) -> _slots.Tracked:
-        """What is tracked, once it is certain that the model still has it."""
+    def _follow(self, op: str, so_far: bool = False) -> _slots.Tracked:
+        """What is tracked, once it is certain that the model still has it.
+
+        Args:
+            op: For errors.
+            so_far: The tree isn't current, as is_current_so_far() has just said.
+        """
         self._refuse_if_unfrozen(op)
         tracked = self._tracked
-        if tracked.tree.is_current():
+        if not so_far and tracked.tree.is_current():
             return tracked
-        anew = tracked.tree.buffers_assigned_anew()
+        anew = tracked.tree.buffers_assigned_anew(so_far)
         if anew is not None and tracked.follow_buffers(op, anew):
             tracked.tree.take_over_buffers()
             return tracked

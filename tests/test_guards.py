@@ -464,9 +464,16 @@ def test_what_the_plan_finds_is_said_with_the_way_out(op):
         getattr(ema, op)()
     ema.refresh()
     ema.update()
+
+
+def test_a_dtype_that_does_not_fit_is_said_with_the_way_out():
+    model = nn.Sequential(nn.Linear(2, 2))
+    ema = EMAManager(model, 0.5)
     model.double()
     with pytest.raises(TypeError, match=r"'0.weight' is torch.float64 now .* refresh\(\)"):
-        getattr(ema, op)()
+        ema.update()
+    ema.refresh()
+    ema.update()
 
 
 # ---- memory and time
