@@ -105,8 +105,15 @@ class EMAModel(_shadow.ShadowParams):
 
     @property
     def temp_stored_params(self) -> list[Tensor] | None:
-        """What :meth:`store` stored; in average_parameters() the parameters' own values."""
+        """What :meth:`store` stored; in average_parameters() the parameters' own values.
+
+        May be assigned: None, or as many tensors of the averages' shapes.
+        """
         return self._kept()
+
+    @temp_stored_params.setter
+    def temp_stored_params(self, tensors: Iterable[Tensor] | None) -> None:
+        self._set_kept("temp_stored_params", tensors)
 
     @classmethod
     def from_pretrained(cls, path: Any, model_cls: Any, foreach: bool = False) -> EMAModel:
