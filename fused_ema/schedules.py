@@ -421,9 +421,11 @@ def _schedule(where: str, name: str, given: Schedule) -> Schedule:
             "makes schedules; call it, and pass what it returns"
         )
     try:
-        inspect.signature(given).bind(0)
-    except ValueError:  # It is written in C, and doesn't tell.
-        pass
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):  # It is written in C, say, and doesn't tell.
+        return given
+    try:
+        signature.bind(0)
     except TypeError as error:
         raise TypeError(
             f"fused_ema.{where}: {name} can't be called with one number, the iteration ({error}); "

@@ -86,8 +86,13 @@ class ExponentialMovingAverage(_shadow.ShadowParams):
         # Weak references can't be saved; whoever loads it has other parameters anyway.
         return {**super().__getstate__(), "_refs": [_gone] * len(self._refs)}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExponentialMovingAverage:
+    def __copy__(self) -> ExponentialMovingAverage:
         # As with torch_ema a copy averages the same parameters.
+        made = type(self).__new__(type(self))
+        made.__dict__.update(super().__getstate__())
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExponentialMovingAverage:
         made = type(self).__new__(type(self))
         memo[id(self)] = made
         made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))

@@ -268,9 +268,12 @@ def test_a_copy_made_while_the_parameters_hold_the_averages(way, name, dtype):
 def test_a_copy_has_the_parameters_and_what_is_loaded_has_none(backend):
     both = Both("torch_ema")
     both.move(1)
-    both.emas = tuple(copy.deepcopy(ema) for ema in both.emas)
-    both.each(lambda e, p: e.update())
-    both.agree()
+    for way in (copy.deepcopy, copy.copy):
+        both.emas = tuple(way(ema) for ema in both.emas)
+        both.each(lambda e, p: e.update())
+        both.agree()
+    kept = both.emas[0].shadow_params
+    assert all(a is b for a, b in zip(copy.copy(both.emas[0]).shadow_params, kept, strict=True))
     loaded, params = through_pickle(both.emas[0]), both.params[0]
     for call in (loaded.update, loaded.copy_to, loaded.store):
         with pytest.raises(ValueError, match="6 of the 6 parameters no longer exist, or this was"):
@@ -281,7 +284,7 @@ def test_a_copy_has_the_parameters_and_what_is_loaded_has_none(backend):
     loaded.update(params)
     both.emas[0].update()
     assert_lists(loaded.shadow_params, both.emas[0].shadow_params)
-    assert through_pickle(loaded).num_updates == loaded.num_updates == 2
+    assert through_pickle(loaded).num_updates == loaded.num_updates == 3
 
 
 def test_torch_ema_s_own_can_t_be_pickled():
