@@ -122,6 +122,11 @@ class Pairs:
         return made
 
     @property
+    def floats(self) -> list[tuple[Tensor, Tensor]]:
+        """Floating-point pairs."""
+        return [(a, b) for a, b, _ in self._all if a.is_floating_point()]
+
+    @property
     def others(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs that aren't floating-point ones."""
         return [self._all[i][:2] for i in self._others]
@@ -216,6 +221,9 @@ class Follower:
         only_copied: As of Pairs.
         converts: As of Pairs.
         follows_passing: Follow those buffers too that aren't persistent.
+
+    Attributes:
+        num_found: How often all of the pairs were found anew.
     """
 
     def __init__(
@@ -232,6 +240,7 @@ class Follower:
         self._only_copied = only_copied
         self._converts = converts
         self._follows_passing = follows_passing
+        self.num_found = 0
         self._model: nn.Module | None = None
         self._pairs = Pairs([], [], [])
         self._contents: list[tuple[dict[str, Any], list[object]]] = []
@@ -319,6 +328,7 @@ class Follower:
         for side, root in enumerate(sides):
             self._watch(side, root, pair_of[side])
         self._tree = _tracking.Tree([], self._contents)
+        self.num_found += 1
 
     def _watch(self, side: int, root: nn.Module, pair_of: Mapping[int, int]) -> None:
         modules = list(root.modules())
