@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 import warnings
 
 import numpy as np
@@ -176,7 +177,7 @@ def in_mmengine(tmp_path, has_ema):
         train_cfg={"by_epoch": True, "max_epochs": 2},
         optim_wrapper={"optimizer": {"type": "SGD", "lr": 0.1}},
         custom_hooks=hooks,
-        experiment_name=f"untouched_{has_ema}",
+        experiment_name=f"untouched_{time.monotonic_ns()}",
         log_level="ERROR",
     )
     runner.train()
