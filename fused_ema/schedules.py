@@ -354,8 +354,9 @@ def power(std: float = 0.10, interval: int = 1) -> Schedule:
 def composed(momentum: float | Schedule, interval: int) -> Schedule:
     """``m(i) = 1 - (1 - M) ** interval``: one update that weighs like one at every iteration.
 
-    What an interval above 1 needs to keep the time constant. M may be a schedule, which is then
-    asked at the iteration of the update.
+    What an interval above 1 needs to keep the time constant: so many updates with M leave ``(1 - M)
+    ** interval`` of the old value. M may be a schedule, which is then asked at the iteration of the
+    update.
 
     Args:
         momentum: M, in [0, 1], or a schedule.
@@ -421,9 +422,11 @@ def _schedule(where: str, name: str, given: Schedule) -> Schedule:
             "makes schedules; call it, and pass what it returns"
         )
     try:
-        inspect.signature(given).bind(0)
-    except ValueError:  # It is written in C, and doesn't tell.
-        pass
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):  # It is written in C, say, and doesn't tell.
+        return given
+    try:
+        signature.bind(0)
     except TypeError as error:
         raise TypeError(
             f"fused_ema.{where}: {name} can't be called with one number, the iteration ({error}); "

@@ -211,6 +211,9 @@ def test_schedules_are_taken_without_being_called():
     for schedule in (Counting(), Counting().__call__, math.erf):
         assert 0 <= schedules.per_update(schedule, 2)(7) <= 1
         assert 0 <= schedules.composed(schedule, 2)(1) <= 1
+    for silent in (max, type("Silent", (Counting,), {"__signature__": 0})()):
+        schedules.per_update(silent)  # They don't tell what they take.
+        schedules.composed(silent, 2)
     counting = Counting()
     schedules.per_update(counting)
     schedules.composed(counting, 3)

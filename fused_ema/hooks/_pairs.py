@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -53,19 +54,15 @@ class Pairs:
         }
         self._all = list(unique.values())
         self._places = {pair: place for place, pair in enumerate(unique)}
-        for a, b, name in self._all:
-            if a.shape != b.shape:
-                raise ValueError(
-                    f"fused_ema.hooks: '{name}' has shape {list(b.shape)} in the model but "
-                    f"{list(a.shape)} in its averaged copy; average the model that it was made from"
-                )
+        _check_shapes(self._all)
         floats = [i for i, (a, _, _) in enumerate(self._all) if a.is_floating_point()]
         self._others = [i for i, (a, _, _) in enumerate(self._all) if not a.is_floating_point()]
         self.dtypes = frozenset((self._all[i][0].dtype, self._all[i][1].dtype) for i in floats)
-        self._converted = [i for i in floats if self._is_torchs(i)] if converts else []
-        # Of the others, those that are in the plan, and those that aren't.
-        planned = [] if only_copied else [i for i in floats if i not in set(self._converted)]
-        self._planned, self._loose = planned, floats if only_copied else []
+        torchs = [converts and self._is_torchs(i) for i in floats]
+        self._converted = list(compress(floats, torchs))
+        served = [i for i, is_torchs in zip(floats, torchs, strict=True) if not is_torchs]
+        # Those that are in the plan, and those that aren't.
+        self._planned, self._loose = ([], served) if only_copied else (served, [])
         # Where a param is on another device than its average: room for its values there.
         self._stages: dict[int, Tensor] = {}
         for i in self._planned:
@@ -122,6 +119,11 @@ class Pairs:
         return made
 
     @property
+    def floats(self) -> list[tuple[Tensor, Tensor]]:
+        """Floating-point pairs."""
+        return [(a, b) for a, b, _ in self._all if a.is_floating_point()]
+
+    @property
     def others(self) -> list[tuple[Tensor, Tensor]]:
         """Pairs that aren't floating-point ones."""
         return [self._all[i][:2] for i in self._others]
@@ -132,7 +134,9 @@ class Pairs:
             staged = self._stages.items()
             _storage.copy([stage for _, stage in staged], [self._all[i][1] for i, _ in staged])
         if self._loose or self._converted:
-            self._plan._check()  # All that may be wrong comes before the first write.
+            # All that may be wrong comes before the first write.
+            _check_shapes([self._all[i] for i in self._converted])
+            self._plan._check()
         if self._loose:
             averaged = [self._all[i][0] for i in self._loose]
             ops._update(averaged, self._sources(self._loose), momentum, form)
@@ -179,6 +183,15 @@ class Pairs:
             raise
 
 
+def _check_shapes(pairs: Sequence[tuple[Tensor, Tensor, str]]) -> None:
+    for a, b, name in pairs:
+        if a.shape != b.shape:
+            raise ValueError(
+                f"fused_ema.hooks: '{name}' has shape {list(b.shape)} in the model but "
+                f"{list(a.shape)} in its averaged copy; average the model that it was made from"
+            )
+
+
 @dataclass(eq=False)
 class _Place:
     """A buffer's place in a module of one of the two sides.
@@ -216,6 +229,9 @@ class Follower:
         only_copied: As of Pairs.
         converts: As of Pairs.
         follows_passing: Follow those buffers too that aren't persistent.
+
+    Attributes:
+        num_found: How often all of the pairs were found anew.
     """
 
     def __init__(
@@ -232,6 +248,7 @@ class Follower:
         self._only_copied = only_copied
         self._converts = converts
         self._follows_passing = follows_passing
+        self.num_found = 0
         self._model: nn.Module | None = None
         self._pairs = Pairs([], [], [])
         self._contents: list[tuple[dict[str, Any], list[object]]] = []
@@ -319,6 +336,7 @@ class Follower:
         for side, root in enumerate(sides):
             self._watch(side, root, pair_of[side])
         self._tree = _tracking.Tree([], self._contents)
+        self.num_found += 1
 
     def _watch(self, side: int, root: nn.Module, pair_of: Mapping[int, int]) -> None:
         modules = list(root.modules())

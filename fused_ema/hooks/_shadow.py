@@ -28,7 +28,9 @@ def checked_decay(where: str, name: str, value: float) -> float:
     return decay
 
 
-def list_of_tensors(where: str, parameters: Iterable[Tensor]) -> list[Tensor]:
+def list_of_tensors(
+    where: str, parameters: Iterable[Tensor], name: str = "parameters"
+) -> list[Tensor]:
     """The parameters as a list.
 
     Raises:
@@ -36,14 +38,14 @@ def list_of_tensors(where: str, parameters: Iterable[Tensor]) -> list[Tensor]:
     """
     if isinstance(parameters, (nn.Module, Tensor)) or not isinstance(parameters, Iterable):
         raise TypeError(
-            f"fused_ema.{where}: parameters is a {type(parameters).__name__}; pass an iterable of "
+            f"fused_ema.{where}: {name} is a {type(parameters).__name__}; pass an iterable of "
             "tensors, such as model.parameters()"
         )
     listed = list(parameters)
     for index, tensor in enumerate(listed):
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"fused_ema.{where}: parameters[{index}] is a {type(tensor).__name__}; pass "
+                f"fused_ema.{where}: {name}[{index}] is a {type(tensor).__name__}; pass "
                 "tensors only, such as model.parameters()"
             )
     return listed
@@ -78,8 +80,31 @@ class ShadowParams:
 
     @property
     def shadow_params(self) -> list[Tensor]:
-        """The averages, in the parameters' order; in average_parameters() the parameters' own."""
+        """The averages, in the parameters' order; in average_parameters() the parameters' own.
+
+        May be assigned: as many tensors of the same shapes, which are kept as they are.
+        """
         return self._averages()
+
+    @shadow_params.setter
+    def shadow_params(self, tensors: Iterable[Tensor]) -> None:
+        self._shadow = self._assigned("shadow_params", tensors)
+
+    def _assigned(self, name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+        """What is assigned to an attribute, checked; a list stays the same object."""
+        self._refuse_if_swapped(name)
+        listed = list_of_tensors(self._where, tensors, name)
+        _check_fit(self._where, name, listed, self._shadow)
+        return tensors if isinstance(tensors, list) else listed
+
+    def _set_kept(self, name: str, tensors: Iterable[Tensor] | None) -> None:
+        self._refuse_if_swapped(name)
+        self._stored = None if tensors is None else self._assigned(name, tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Of a copy nobody would bring the raw values back: it has them stored, as in state_dict().
+        averages, kept = self._averages(), self._kept()
+        return {**vars(self), "_shadow": averages, "_stored": kept, "_swapped": None}
 
     def _averages(self) -> list[Tensor]:
         return self._shadow if self._swapped is None else self._swapped[0]
@@ -136,10 +161,17 @@ class ShadowParams:
                 averaged.append((s, p))
             else:
                 converted.append((s, p))
-        ops._update([s for s, _ in averaged], [p for _, p in averaged], momentum)
+        try:
+            ops._update([s for s, _ in averaged], [p for _, p in averaged], momentum)
+        except ValueError:
+            # Tensors overlap: one that stands in a list twice, say. As a loop would do it.
+            checked_decay(f"{self._where}.{op}", "decay", 1 - momentum)
+            with torch.no_grad():
+                for s, p in averaged:
+                    s.lerp_(p.to(s.dtype), momentum)
         for s, p in converted:  # One at a time, so that no second model is in memory.
             ops._update([s], [p.detach().to(s.device, s.dtype)], momentum)
-        _storage.copy([s for s, _ in copied], [p for _, p in copied])
+        _copy_in_order([s for s, _ in copied], [p for _, p in copied])
 
     def _copy_to(self, params: Sequence[Tensor]) -> None:
         # While swapped an average is its parameter.
@@ -148,14 +180,14 @@ class ShadowParams:
             for s, p in zip(self._averages(), params, strict=True)
             if not _storage.is_same_memory(s, p)
         ]
-        _storage.copy([p for p, _ in pairs], [s for _, s in pairs])
+        _copy_in_order([p for p, _ in pairs], [s for _, s in pairs])
 
     def _restore(self, params: Sequence[Tensor]) -> None:
         if self._stored is None:
             raise RuntimeError(
                 f"fused_ema.{self._where}.restore: nothing is stored; call store() before copy_to()"
             )
-        _storage.copy([p.detach() for p in params], self._stored)
+        _copy_in_order([p.detach() for p in params], self._stored)
 
     @contextmanager
     def _averages_in(self, params: Sequence[Tensor]) -> Iterator[None]:
@@ -228,12 +260,24 @@ def own(
     devices: Sequence[torch.device | None],
     dtypes: Sequence[torch.dtype | None],
 ) -> list[Tensor]:
-    """Copies of tensors that are somebody else's."""
+    """Copies of tensors that are somebody else's; one that stands there twice is copied once."""
+    wanted = list(zip(tensors, devices, dtypes, strict=True))
     with torch.inference_mode(False), torch.no_grad():
-        return [
-            t.detach().to(device, dtype, copy=True)
-            for t, device, dtype in zip(tensors, devices, dtypes, strict=True)
-        ]
+        made = {
+            (id(t), device, dtype): t.detach().to(device, dtype, copy=True)
+            for t, device, dtype in {(id(t), d, y): (t, d, y) for t, d, y in wanted}.values()
+        }
+    return [made[id(t), device, dtype] for t, device, dtype in wanted]
+
+
+def _copy_in_order(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
+    """Copies pair by pair: of a tensor that stands in the list twice the last copy stays."""
+    try:
+        _storage.copy(dst, src)  # It says what overlaps before it writes.
+    except ValueError:
+        with torch.no_grad():
+            for d, s in zip(dst, src, strict=True):
+                d.copy_(s)
 
 
 def _check_fit(where: str, what: str, given: Sequence[Tensor], here: Sequence[Tensor]) -> None:
@@ -270,11 +314,16 @@ class _Swap:
         self.averages, self.raw = list(shadow), list(shadow)
         self._exchanged: list[int] = []
         self._aside: list[int] = []
+        # An average that is another one's memory, or a parameter's, can't be exchanged.
+        places = [s.data_ptr() for s in shadow if s.numel() > 0]
+        live = {alias.data_ptr() for alias in self._aliases if alias.numel() > 0}
+        are_apart = len(set(places)) == len(places) and live.isdisjoint(places)
         for i, (alias, s) in enumerate(zip(self._aliases, shadow, strict=True)):
             # A tied parameter that is given twice has two averages, but one memory.
             is_first = alias.numel() == 0 or alias.data_ptr() not in seen
             seen.add(alias.data_ptr())
-            if is_first and alias.dtype == s.dtype and alias.device == s.device:
+            is_same = alias.dtype == s.dtype and alias.device == s.device
+            if is_first and is_same and are_apart:
                 self._exchanged.append(i)
                 self.averages[i] = alias
             else:
@@ -302,7 +351,7 @@ class _Swap:
 
     def into_params(self) -> None:
         self._exchange()
-        _storage.copy(
+        _copy_in_order(
             [self._aliases[i] for i in self._aside], [self._shadow[i] for i in self._aside]
         )
 
@@ -319,7 +368,7 @@ class _Swap:
             for p, alias in zip(self._params, self._aliases, strict=True)
             if not _storage.is_same_memory(p, alias)
         ]
-        _storage.copy([d for d, _ in back], [s for _, s in back])
+        _copy_in_order([d for d, _ in back], [s for _, s in back])
 
 
 class ModuleCopy(nn.Module):

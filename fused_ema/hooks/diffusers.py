@@ -9,6 +9,8 @@ ema.save_pretrained("checkpoint/unet_ema")
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +38,8 @@ class EMAModel(_shadow.ShadowParams):
     computed as a lerp with one rounding where diffusers rounds three times, so the bits may differ
     from diffusers' in the last place.
 
-    States and pretrained folders can be loaded by diffusers, and the other way round.
+    States and pretrained folders can be loaded by diffusers, and the other way round. Saving and
+    loading them leaves the random generators as they are.
 
     Different from diffusers: :meth:`average_parameters` exchanges values in place instead of
     store, copy_to and restore; parameters on another device than their average are moved one at a
@@ -105,8 +108,15 @@ class EMAModel(_shadow.ShadowParams):
 
     @property
     def temp_stored_params(self) -> list[Tensor] | None:
-        """What :meth:`store` stored; in average_parameters() the parameters' own values."""
+        """What :meth:`store` stored; in average_parameters() the parameters' own values.
+
+        May be assigned: None, or as many tensors of the averages' shapes.
+        """
         return self._kept()
+
+    @temp_stored_params.setter
+    def temp_stored_params(self, tensors: Iterable[Tensor] | None) -> None:
+        self._set_kept("temp_stored_params", tensors)
 
     @classmethod
     def from_pretrained(cls, path: Any, model_cls: Any, foreach: bool = False) -> EMAModel:
@@ -122,9 +132,10 @@ class EMAModel(_shadow.ShadowParams):
             ValueError: A setting outside of its range.
         """
         config = model_cls.load_config(path)
-        # What the model's class doesn't know is the averages' state.
-        _, extra = model_cls.from_config(config, return_unused_kwargs=True)
-        model = model_cls.from_pretrained(path)
+        with _generators_kept():
+            # What the model's class doesn't know is the averages' state.
+            _, extra = model_cls.from_config(config, return_unused_kwargs=True)
+            model = model_cls.from_pretrained(path)
         ema = cls(
             model.parameters(), model_cls=model_cls, model_config=model.config, foreach=foreach
         )
@@ -147,7 +158,8 @@ class EMAModel(_shadow.ShadowParams):
                     "EMAModel is made"
                 )
         assert self.model_cls is not None
-        model = self.model_cls.from_config(self.model_config)
+        with _generators_kept():
+            model = self.model_cls.from_config(self.model_config)
         state = self.state_dict()
         del state["shadow_params"]
         model.register_to_config(**state)
@@ -301,6 +313,21 @@ class EMAModel(_shadow.ShadowParams):
             shadow = _shadow.own(shadow, [None] * len(shadow), [None] * len(shadow))
         self._set(settings)
         self._shadow = shadow
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """For making a model, which draws random numbers: a run that saves is the one that doesn't."""
+    numpy: Any = sys.modules.get("numpy")
+    state = random.getstate(), None if numpy is None else numpy.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state[0])
+        if numpy is not None:
+            numpy.random.set_state(state[1])
 
 
 def _checked(where: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,9 +65,11 @@ class EMA(_Callback):
     also from one of Lightning's own ``WeightAveraging``. ``save_weights_only=True`` asks no
     callback, so such a file holds the raw weights.
 
-    After ``fit`` the model holds the average; a checkpoint saved then still has the raw weights.
-    Another ``fit`` starts a new average from the weights that the model holds. The manager is made
-    when ``fit`` starts, once the model is on its device, and is the attribute :attr:`manager`.
+    After ``fit`` the model holds the average for good; a checkpoint saved then still has the raw
+    weights, which are kept on the CPU. Another ``fit``, of this trainer or of another one with an
+    EMA of its own, starts a new average from the weights that the model holds, and other managers
+    may have it. The manager is made when ``fit`` starts, once the model is on its device, and is
+    the attribute :attr:`manager`.
 
     Args:
         momentum: The weight of the new value, between 0 and 1, both excluded; 1 - decay.
@@ -137,6 +139,9 @@ class EMA(_Callback):
         self._manager: EMAManager | None = None
         self._pending: Mapping[str, Any] | None = None
         self._pending_of_lightning: tuple[int, dict[str, Tensor]] | None = None
+        self._pending_weights: Mapping[str, Any] | None = None
+        # After fit, while the model holds the average for good: the raw weights, on the CPU.
+        self._raw: dict[str, Tensor] | None = None
         self._latest_step = 0
         self._latest_epoch = -1
         self._swapped_here = False
@@ -181,6 +186,7 @@ class EMA(_Callback):
                 f"{_TITLE}: the strategy is {type(trainer.strategy).__name__}, which shards the "
                 "weights or their optimizer; that isn't supported, choose 'ddp' or a single device"
             )
+        self._pending_weights = None
         if stage == "fit":
             self._release()
             self._pending = self._pending_of_lightning = None
@@ -188,6 +194,7 @@ class EMA(_Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Makes the manager; the model is on its device, and holds the weights to go on with."""
+        self._load_pending_weights(trainer, pl_module)
         manager = EMAManager(pl_module, **self._options)
         if self._pending is not None:
             manager.load_state_dict(self._pending)
@@ -230,8 +237,22 @@ class EMA(_Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Leaves the model with the weights to deploy."""
-        if self._deploy == "ema":
-            self._made().swap()
+        if self._deploy == "raw":
+            return
+        manager = self._made()
+        tracked = dict(manager.named_emas())
+        live = {m.name: m.tensor for m in _tracking.read(pl_module).members if m.name in tracked}
+        # For checkpoints that are saved later. Not on the device: it may have no room for them.
+        raw = {name: tensor.detach().to("cpu", copy=True) for name, tensor in live.items()}
+        try:
+            manager.copy_to(pl_module)
+            self._raw = raw
+        except BaseException:
+            with torch.no_grad():
+                for name, tensor in live.items():
+                    tensor.copy_(raw[name])
+            self._raw = None
+            raise
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Brings the raw weights back where evaluation was broken off."""
@@ -247,6 +268,7 @@ class EMA(_Callback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """The average goes in."""
+        self._load_pending_weights(trainer, pl_module)
         self._swap_in(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -255,6 +277,7 @@ class EMA(_Callback):
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """The average goes in."""
+        self._load_pending_weights(trainer, pl_module)
         self._swap_in(pl_module)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
@@ -263,6 +286,7 @@ class EMA(_Callback):
 
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
         """The average goes in."""
+        self._load_pending_weights(trainer, pl_module)
         self._swap_in(pl_module)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
@@ -277,6 +301,16 @@ class EMA(_Callback):
         if manager is None:
             return
         saved = manager.state_dict()
+        if self._raw is not None:
+            ema = _still_in(pl_module, saved[state.EMA_KEY])
+            if ema is None:
+                warnings.warn(
+                    f"{_TITLE}: the model was changed after fit, so this checkpoint holds its "
+                    "weights alone, and no average",
+                    stacklevel=2,
+                )
+                return
+            saved = {**saved, state.EMA_KEY: ema, state.RAW_KEY: self._raw}
         raw = _with(checkpoint[_MAIN_KEY], saved[state.RAW_KEY], pl_module)
         # The raw weights are in the model's part of the file, so the average's part has none.
         saved = {**saved, state.IS_SWAPPED_KEY: False, state.RAW_KEY: {}}
@@ -315,6 +349,9 @@ class EMA(_Callback):
                 ema = own[_MANAGER_KEY].get(state.EMA_KEY, {})
                 main = _with(checkpoint[_MAIN_KEY], ema, pl_module)
                 trainer.strategy.load_model_state_dict({_MAIN_KEY: main}, strict=strict)
+                self._keep_if_rounded(pl_module, main)
+            elif own is not None:
+                self._keep_if_rounded(pl_module, checkpoint[_MAIN_KEY])
             return
         if own is not None:
             self._pending = own[_MANAGER_KEY]
@@ -333,9 +370,10 @@ class EMA(_Callback):
                 stacklevel=2,
             )
             return
+        raw = checkpoint.get(_RAW_KEY, checkpoint[_MAIN_KEY])
         if _RAW_KEY in checkpoint:
-            raw = checkpoint[_RAW_KEY]
             trainer.strategy.load_model_state_dict({_MAIN_KEY: raw}, strict=strict)
+        self._keep_if_rounded(pl_module, raw)
 
     # ---- how it is kept
 
@@ -343,6 +381,24 @@ class EMA(_Callback):
         if self._manager is None:
             raise RuntimeError(f"{_TITLE}: there is no average yet; it is made when fit starts")
         return self._manager
+
+    def _keep_if_rounded(self, pl_module: nn.Module, weights: Mapping[str, Any]) -> None:
+        """For loading them again: precision="64-true" widens the model after it was loaded."""
+        live = pl_module.state_dict()
+        is_rounded = any(
+            isinstance(value, Tensor)
+            and isinstance(now := live.get(name), Tensor)
+            and value.is_floating_point()
+            and value.dtype.itemsize > now.dtype.itemsize
+            for name, value in weights.items()
+        )
+        self._pending_weights = weights if is_rounded else None
+
+    def _load_pending_weights(self, trainer: Any, pl_module: Any) -> None:
+        weights, self._pending_weights = self._pending_weights, None
+        if weights is not None:
+            strict = pl_module.strict_loading
+            trainer.strategy.load_model_state_dict({_MAIN_KEY: weights}, strict=strict)
 
     def _note_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
         if was_skipped(optimizer):
@@ -363,7 +419,7 @@ class EMA(_Callback):
 
     def _swap_in(self, pl_module: nn.Module) -> None:
         manager = self._manager_of(pl_module)
-        if manager is not None and not manager.is_swapped:
+        if manager is not None and self._raw is None and not manager.is_swapped:
             manager.swap()
             self._swapped_here = True
 
@@ -377,8 +433,30 @@ class EMA(_Callback):
         """Lets go of the average; the model keeps the weights it holds."""
         if self._manager is not None:
             self._manager._set_swapped(False)
-        self._manager = None
+        self._manager = self._raw = None
         self._swapped_here = False
+
+
+def _still_in(module: nn.Module, ema: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The average as the module holds it; None where it has other parameters by now.
+
+    Buffers may have been computed anew (batch norm's statistics): then they are the module's.
+    """
+    found = dict(ema)
+    for member in _tracking.read(module).members:
+        if member.name in ema:
+            now, average = member.tensor.detach(), ema[member.name]
+            if not _is_same(now, average.to(now.device, now.dtype)):
+                if not member.is_buffer:
+                    return None
+                found[member.name] = now
+    return found
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def _names_by_key(module: nn.Module) -> dict[str, list[str]]:

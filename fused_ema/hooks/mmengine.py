@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,22 +63,27 @@ __all__ = [
 _PREFIX = "module."
 
 
+_Places = tuple[str, dict[str, Any], str, dict[str, Any], str]
+
+
 @dataclass(frozen=True, eq=False)
 class _Lists:
-    """What follows from the tensors that the averaged module and the model have at the moment.
+    """What the averaged module and the model have at the moment.
+
+    Buffers are given by their places, since a module may assign one anew in every forward: a name,
+    and each side's dict and key there.
 
     Attributes:
+        found: The follower, and how often it had found all of the pairs.
         pairs: The averages and what they follow.
-        averaged: The floating-point ones of them, each once.
-        buffers: Persistent buffers that are kept in sync, with their names.
-        passing: Buffers that aren't persistent: a name, the dicts that hold them, and their key.
-            A module may assign such a one anew in every forward.
+        buffers: Persistent buffers that are kept in sync.
+        passing: Buffers that aren't persistent.
     """
 
+    found: tuple[Follower, int]
     pairs: Pairs
-    averaged: list[tuple[Tensor, Tensor]]
-    buffers: list[tuple[str, Tensor, Tensor]]
-    passing: list[tuple[str, dict[str, Any], dict[str, Any], str]]
+    buffers: list[_Places]
+    passing: list[_Places]
 
 
 class FusedBaseAveragedModel(_BaseAveragedModel):  # type: ignore[misc]
@@ -205,7 +210,7 @@ class FusedBaseAveragedModel(_BaseAveragedModel):  # type: ignore[misc]
         live = self._members_of(model)
         both = [(a, live[name], name) for name, a in self._members_of(self.module).items()]
         if self.update_buffers:
-            passing = [(a[key], b[key], name) for name, a, b, key in lists.passing]
+            passing = [(a[key], b[other], name) for name, a, key, b, other in lists.passing]
             both += [(a, b, name) for a, b, name in passing if a is not None and b is not None]
         once = list({id(a): (a, b, name) for a, b, name in both}.values())
         averages, weights = [a for a, _, _ in once], [b for _, b, _ in once]
@@ -225,7 +230,7 @@ class FusedBaseAveragedModel(_BaseAveragedModel):  # type: ignore[misc]
         if momentum is not None:
             lists.pairs.update(momentum, self.form)
             return
-        for averaged, live in lists.averaged:
+        for averaged, live in lists.pairs.floats:
             self.avg_func(averaged.data, live.data.to(averaged.device), self.steps)
 
     def _has_own_avg_func(self) -> bool:
@@ -266,42 +271,42 @@ class FusedBaseAveragedModel(_BaseAveragedModel):  # type: ignore[misc]
         if self._follower is None or self._follower.is_of_another(self.module):
             self._follower = Follower(self.module, self._named_tensors_of)
         pairs = self._follower.pairs(model)
-        if self._lists is None or self._lists.pairs is not pairs:
-            self._lists = self._listed(pairs, model)
+        found = self._follower, self._follower.num_found
+        if self._lists is None or self._lists.found != found:
+            self._lists = self._listed(found, pairs, model)
+        elif self._lists.pairs is not pairs:
+            self._lists = replace(self._lists, pairs=pairs)
         return self._lists
 
-    def _listed(self, pairs: Pairs, model: nn.Module) -> _Lists:
-        live = self._members_of(model)
-        averaged = {id(a): (a, live[name]) for name, a in self._members_of(self.module).items()}
-        buffers_of = {m.name: m.tensor for m in _tracking.read(model).members if m.is_buffer}
+    def _listed(self, found: tuple[Follower, int], pairs: Pairs, model: nn.Module) -> _Lists:
+        places_of = [
+            {id(t): (m._buffers, key) for m in side.modules() for key, t in m._buffers.items()}
+            for side in (self.module, model)
+        ]
+        live = {m.name: m.tensor for m in _tracking.read(model).members if m.is_buffer}
         buffers = {
-            id(member.tensor): (member.name, member.tensor, buffers_of[member.name])
-            for member in _tracking.read(self.module).members
-            if member.is_buffer and member.name in buffers_of
+            id(tensor): (name, *places_of[0][id(tensor)], *places_of[1][id(live[name])])
+            for name, tensor in (
+                (m.name, m.tensor) for m in _tracking.read(self.module).members if m.is_buffer
+            )
+            if name in live
         }
         modules = {_own_name(name): module for name, module in model.named_modules()}
         passing = [
-            (f"{name}.{key}".lstrip("."), module._buffers, modules[name]._buffers, key)
+            (f"{name}.{key}".lstrip("."), module._buffers, key, modules[name]._buffers, key)
             for name, module in ((_own_name(n), m) for n, m in self.module.named_modules())
             for key in module._buffers
             if key in module._non_persistent_buffers_set
             and name in modules
             and key in modules[name]._buffers
         ]
-        return _Lists(
-            pairs,
-            [(a, b) for a, b in averaged.values() if a.is_floating_point()],
-            list(buffers.values()),
-            passing,
-        )
+        return _Lists(found, pairs, list(buffers.values()), passing)
 
     def _buffers_of(self, lists: _Lists, with_passing: bool) -> list[tuple[Tensor, Tensor]]:
         """Buffers to copy, each once."""
-        found = list(lists.buffers)
-        for name, averaged, live, key in lists.passing if with_passing else ():
-            a, b = averaged[key], live[key]
-            if a is not None and b is not None:
-                found.append((name, a, b))
+        places = lists.buffers + (lists.passing if with_passing else [])
+        both = [(name, a[key], b[other]) for name, a, key, b, other in places]
+        found = [(name, a, b) for name, a, b in both if a is not None and b is not None]
         for name, a, b in found:
             if a.shape != b.shape:
                 raise ValueError(

@@ -8,8 +8,9 @@ with ema.average_parameters():
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +24,10 @@ _WHERE = "hooks.torch_ema.ExponentialMovingAverage"
 _KEYS = ("decay", "num_updates", "shadow_params", "collected_params")
 
 
+def _gone() -> None:
+    """Stands for the reference to a parameter that isn't there."""
+
+
 class ExponentialMovingAverage(_shadow.ShadowParams):
     """torch_ema's ``ExponentialMovingAverage`` with all parameters in one call.
 
@@ -32,7 +37,8 @@ class ExponentialMovingAverage(_shadow.ShadowParams):
     from torch_ema's in the last place.
 
     Parameters are held by weak references, so the model can go. States can be loaded by torch_ema,
-    and the other way round.
+    and the other way round. A copy averages the same parameters. A pickle (``torch.save``), which
+    torch_ema refuses, has none: pass parameters to the methods of what is loaded.
 
     Different from torch_ema: :meth:`average_parameters` exchanges values in place where the dtypes
     agree, allocates nothing for them, and leaves what :meth:`store` stored alone; in it, what is
@@ -62,12 +68,36 @@ class ExponentialMovingAverage(_shadow.ShadowParams):
         self.num_updates: int | None = 0 if use_num_updates else None
         listed = _shadow.list_of_tensors(_WHERE, parameters)
         super().__init__(_WHERE, listed)
-        self._refs = [weakref.ref(p) for p in listed]
+        self._refs: list[Callable[[], Tensor | None]] = [weakref.ref(p) for p in listed]
 
     @property
     def collected_params(self) -> list[Tensor] | None:
-        """What :meth:`store` stored; in average_parameters() the parameters' own values."""
+        """What :meth:`store` stored; in average_parameters() the parameters' own values.
+
+        May be assigned: None, or as many tensors of the averages' shapes.
+        """
         return self._kept()
+
+    @collected_params.setter
+    def collected_params(self, tensors: Iterable[Tensor] | None) -> None:
+        self._set_kept("collected_params", tensors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weak references can't be saved; whoever loads it has other parameters anyway.
+        return {**super().__getstate__(), "_refs": [_gone] * len(self._refs)}
+
+    def __copy__(self) -> ExponentialMovingAverage:
+        # As with torch_ema a copy averages the same parameters.
+        made = type(self).__new__(type(self))
+        made.__dict__.update(super().__getstate__())
+        return made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExponentialMovingAverage:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        made._refs = list(self._refs)
+        return made
 
     def _given(self, op: str, parameters: Iterable[Tensor] | None) -> list[Tensor]:
         return self._fitting(op, self._alive(op) if parameters is None else parameters)
@@ -78,7 +108,8 @@ class ExponentialMovingAverage(_shadow.ShadowParams):
         if len(alive) < len(known):
             raise ValueError(
                 f"fused_ema.{_WHERE}.{op}: {len(known) - len(alive)} of the {len(known)} "
-                "parameters no longer exist; keep the model, or pass parameters"
+                "parameters no longer exist, or this was loaded without them; keep the model, or "
+                "pass parameters"
             )
         return alive
 

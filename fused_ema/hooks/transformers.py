@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -57,7 +58,7 @@ class EMACallback(_Callback):
     Each ``checkpoint-N`` holds the raw weights as ever and the average in a file ``ema.pt`` beside
     them, complete or not there. ``train(resume_from_checkpoint=...)`` goes on from both bit for
     bit. With ``load_best_model_at_end`` the average of the best checkpoint is loaded with its
-    weights.
+    weights; where it has none, the average starts from them, with a warning.
 
     The manager is made when training starts, and is the attribute :attr:`manager`.
 
@@ -250,12 +251,24 @@ class EMACallback(_Callback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Loads the average of the best checkpoint if its weights were, and saves it for use.
 
+        A best checkpoint without an average, as of a run before this callback, is taken with a
+        warning: the average starts from its weights.
+
         Raises:
             ValueError: As :meth:`on_train_begin`.
         """
         best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None and self._has_file(best):
-            _load(self._made(), best, None)
+        if args.load_best_model_at_end and best is not None and _has_weights(best):
+            if self._has_file(best):
+                _load(self._made(), best, None)
+            else:
+                # The model holds other weights than those that the average came from.
+                warnings.warn(
+                    f"{_TITLE}: the best checkpoint {best!r}, whose weights were loaded, has no "
+                    f"'{FILE_NAME}'; the average starts from its weights",
+                    stacklevel=2,
+                )
+                self._made().reset()
         if self._save_to is not None:
             with self.swapped():
                 self._model().save_pretrained(self._save_to, is_main_process=args.should_save)
@@ -312,6 +325,14 @@ class EMACallback(_Callback):
             return train(resume_from_checkpoint, *args, **kwargs)
 
         return noting_checkpoint
+
+
+def _has_weights(folder: str) -> bool:
+    """Whether Trainer finds a model's or an adapter's weights there, in one file or in shards."""
+    stems = ("model", "pytorch_model", "adapter_model")
+    files = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
+    files += [f"{file}.index.json" for file in files]
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
 def _load(manager: EMAManager, folder: str, step: int | None) -> None:

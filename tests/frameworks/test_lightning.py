@@ -13,7 +13,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.plugins.precision import DoublePrecision, MixedPrecision
 from nets import Net, assert_same, is_same, same, values_of
 from processes import forked
 from torch.utils.data import DataLoader
@@ -481,6 +481,133 @@ def test_another_fit_starts_a_new_average_from_what_the_model_holds(tmp_path):
     assert ema.manager.num_updates == NUM_BATCHES
 
 
+# ---- after fit
+
+
+def further(tmp_path, module, *callbacks, **options):
+    trainer = make_trainer(tmp_path, *callbacks, max_epochs=1, **options)
+    trainer.fit(module, loader(3))
+    return trainer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("deploy", ["ema", "raw"])
+def test_stages_with_a_trainer_and_an_average_each(tmp_path, dtype, deploy):
+    module, emas, references, trainers = Module(dtype), [], [], []
+    for _ in range(3):
+        held = values_of(module)
+        ema = EMA(momentum=0.1, form="mul_add", ema_dtype="param", deploy=deploy)
+        reference = Reference()
+        trainers.append(further(tmp_path, module, ema, reference))
+        emas.append(ema)
+        references.append(reference)
+        after = reference.ema if deploy == "ema" else reference.raws[-1]
+        assert_same(values_of(module), after)
+        assert not is_same(after, held)
+    for ema, reference in zip(emas, references, strict=True):  # Each has its own average still.
+        assert not ema.manager.is_swapped
+        assert ema.manager.num_updates == 3
+        assert_same(dict(ema.manager.named_emas()), reference.ema)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("deploy", ["ema", "raw"])
+def test_after_fit_the_model_is_anybody_s(tmp_path, dtype, deploy):
+    module, other = Module(dtype), fused_ema.EMAManager(torch.nn.Linear(2, 2))
+    ema = EMA(momentum=0.1, deploy=deploy)
+    further(tmp_path, module, ema)
+    averages = {n: e.clone() for n, e in ema.manager.named_emas()}
+    further(tmp_path, module)  # No average at all.
+    held = values_of(module)
+    manager = fused_ema.EMAManager(module, momentum=0.5)
+    for call in (manager.update, manager.reset, manager.refresh, manager.swap, manager.swap):
+        call()
+    with manager.swapped():
+        other.update()
+    manager.load_state_dict(copy.deepcopy(manager.state_dict()))
+    manager.copy_to(module)
+    assert_same(values_of(module), held)
+    assert_same(dict(ema.manager.named_emas()), averages)
+    started = {}
+
+    class Start(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            started.update(values_of(pl_module))
+
+    further(tmp_path, module, EMAWeightAveraging(decay=0.5), Start())
+    assert_same(started, held)
+
+
+def test_raw_weights_kept_after_fit_are_no_longer_the_model_s(tmp_path):
+    module, reference = Module(), Reference()
+    ema = EMA(momentum=0.1, form="mul_add")
+    trainer = make_trainer(tmp_path, ema, reference)
+    trainer.fit(module, loader())
+    with torch.no_grad():  # As torch.optim.swa_utils.update_bn does it.
+        module.net.body[1].running_mean.fill_(7.0)
+        module.net.body[1].num_batches_tracked = torch.tensor(9)
+    expected = {**reference.ema}
+    expected["net.body.1.running_mean"] = torch.full((4,), 7.0)
+    expected["net.body.1.num_batches_tracked"] = torch.tensor(9)
+    assert_same(values_of(module), expected)
+    path = tmp_path / "c.ckpt"
+    trainer.save_checkpoint(path)
+    assert_same(load(path)["state_dict"], expected)
+    assert_same(load(path)["current_model_state"], reference.raws[-1])
+    module.seen.clear()
+    trainer.test(module, loader(1), verbose=False)
+    assert_same(module.seen[-1][1], expected)
+    again = EMA(momentum=0.1, form="mul_add")
+
+    class Start(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            assert_same(values_of(pl_module), reference.raws[-1])
+            assert_same(dict(again.manager.named_emas()), expected)
+
+    resumed = make_trainer(tmp_path, again, Start(), max_epochs=3)
+    resumed.fit(Module(seed=2), loader(), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_was_trained_on_is_saved_as_it_is(tmp_path, dtype):
+    module, ema = Module(dtype), EMA(momentum=0.1)
+    trainer = further(tmp_path, module, ema)
+    further(tmp_path, module, EMA(momentum=0.5))
+    held, path = values_of(module), tmp_path / "c.ckpt"
+    with pytest.warns(UserWarning, match="the model was changed after fit, so this checkpoint"):
+        trainer.save_checkpoint(path)
+    assert_same(load(path)["state_dict"], held)
+    assert not {"current_model_state", "fused_ema", "averaging_state"} & set(load(path))
+
+
+def test_values_that_are_no_numbers_are_no_change(tmp_path):
+    module, ema = Module(), EMA(momentum=0.1)
+    with torch.no_grad():
+        module.net.frozen[1] = float("nan")
+    trainer = further(tmp_path, module, ema)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    assert load(tmp_path / "c.ckpt")["state_dict"]["net.frozen"].isnan().sum() == 1
+    assert "current_model_state" in load(tmp_path / "c.ckpt")
+
+
+def test_an_interrupt_while_the_average_goes_in_for_good(tmp_path, monkeypatch):
+    module, reference, ema = Module(), Reference(), EMA(momentum=0.1, form="mul_add")
+    run = fused_ema.EMAManager.copy_to
+
+    def interrupted(self, model):
+        run(self, model)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fused_ema.EMAManager, "copy_to", interrupted)
+    trainer = make_trainer(tmp_path, ema, reference)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(module, loader())
+    assert_same(values_of(module), reference.raws[-1])
+    assert_same(dict(ema.manager.named_emas()), reference.ema)
+    trainer.save_checkpoint(tmp_path / "c.ckpt")
+    assert_same(load(tmp_path / "c.ckpt")["current_model_state"], reference.raws[-1])
+
+
 # ---- checkpoints and resuming
 
 
@@ -532,6 +659,60 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, dtype, deploy):
         path = tmp_path / f"step={step}.ckpt"
         resumed.fit(module, loader(), ckpt_path=path, weights_only=True)
         assert_same_end(finished(resumed, tmp_path), expected)
+
+
+class Wide(Module):
+    """Starts in float32, as a model does; the trainer makes it float64."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        del self.net.table
+
+    def note(self, where):
+        super().note(where)
+        assert self.net.scale.dtype == torch.float64
+
+
+@pytest.mark.parametrize("deploy", ["ema", "raw"])
+def test_a_resumed_run_in_float64_is_the_uninterrupted_one(tmp_path, deploy):
+    def run(folder, step=None):
+        trainer, ema = resumable(folder, deploy=deploy)
+        trainer.strategy.precision_plugin = DoublePrecision()
+        path = None if step is None else tmp_path / f"step={step}.ckpt"
+        module = Wide(seed=0 if step is None else 7, optimizer="adam")
+        trainer.fit(module, loader(), ckpt_path=path, weights_only=True)
+        return finished(trainer, folder), ema
+
+    expected, _ = run(tmp_path)
+    assert expected["state_dict"]["net.scale"].dtype == torch.float64
+    for step in (1, 4, 8):
+        assert_same_end(run(tmp_path / "again", step)[0], expected)
+    # Elsewhere the model gets the average, as exactly.
+    path = tmp_path / "step=4.ckpt"
+    average = load(path)["fused_ema"]["manager"]["ema"]
+    for name in ("validate", "test"):
+        trainer, module = make_trainer(tmp_path, EMA(deploy=deploy), precision="64-true"), Wide()
+        getattr(trainer, name)(module, loader(1), ckpt_path=path, verbose=False, weights_only=True)
+        assert_same(module.seen[-1][1], average)
+
+
+def test_weights_that_were_to_be_loaded_again_are_of_that_run_only(tmp_path, monkeypatch):
+    trainer, _ = resumable(tmp_path)
+    trainer.strategy.precision_plugin = DoublePrecision()
+    trainer.fit(Wide(optimizer="adam"), loader())
+    ema = EMA()
+    trainer, module = make_trainer(tmp_path, ema, precision="64-true"), Wide(seed=3)
+    held = values_of(module.double())
+    module.float()
+    path = tmp_path / "step=4.ckpt"
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.strategy), "setup", lambda self, trainer: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.validate(module, loader(1), ckpt_path=path, weights_only=True)
+    module.load_state_dict(held)
+    trainer = make_trainer(tmp_path, ema, precision="64-true")
+    trainer.validate(module, loader(1), verbose=False)
+    assert_same(module.seen[-1][1], held)
 
 
 def test_a_resumed_run_follows_the_interval_that_it_is_given(tmp_path):

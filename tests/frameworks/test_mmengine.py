@@ -36,7 +36,7 @@ with warnings.catch_warnings():
 
     from fused_ema.hooks import mmengine as fused
 
-from fused_ema import Plan
+from fused_ema import Plan, _tracking
 from fused_ema.testing import ROUNDINGS
 
 pytestmark = [
@@ -108,6 +108,30 @@ def test_the_bits_of_their_averages(backend, dtype, kind, interval, update_buffe
         ours.update_parameters(model)
         assert_same_module(ours, theirs)
         assert ours.steps.item() == seed + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_buffers_that_are_assigned_anew_in_every_step(backend, kind, update_buffers, monkeypatch):
+    model = untied(Net()) if update_buffers else Net()
+    theirs, ours = two_of(kind, model, update_buffers=update_buffers)
+    read, times = _tracking.read, []
+    monkeypatch.setattr(_tracking, "read", lambda module: (times.append(module), read(module))[1])
+    for seed in range(9):
+        step(model, seed)
+        norm = model.body[1]
+        norm.running_mean = norm.running_mean + 1
+        norm.num_batches_tracked = norm.num_batches_tracked + 1
+        for averaged in (theirs.module, ours.module):
+            averaged.bytes = averaged.bytes.clone()
+            averaged.body[1].running_var = averaged.body[1].running_var.clone()
+        if update_buffers:  # Their list of averages has the old ones otherwise.
+            theirs.avg_parameters = theirs.module.state_dict()
+        times.clear()
+        theirs.update_parameters(model)
+        ours.update_parameters(model)
+        assert_same_module(ours, theirs)
+        assert seed == 0 or times == []  # Neither model is walked again.
 
 
 def test_steps_are_counted_on_the_host_and_follow_whoever_writes_the_buffer():

@@ -117,6 +117,24 @@ def test_an_average_of_any_dtype_of_any_model(backend, dtype, average, place, op
     assert_same(all_of(ours), all_of(theirs))
 
 
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_param_resized_under_an_average_of_another_dtype_changes_nothing(backend, foreach):
+    model = untied()
+    del model.table
+    ours = ModelEmaV3(model, 0.5, dtype=torch.bfloat16, foreach=foreach)
+    move(model, 1)
+    ours.update(model)
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    move(model, 2)
+    weight = model.head.weight
+    weight.data = torch.ones(1)  # Would be broadcast.
+    with pytest.raises(
+        ValueError, match=r"'head.weight' has shape \[1\] in the model but \[7, 5\]"
+    ):
+        ours.update(model)
+    assert_same(ours.state_dict(), before)
+
+
 def test_arguments_by_position_and_those_that_make_no_difference(backend):
     model = untied(torch.bfloat16)
     del model.table

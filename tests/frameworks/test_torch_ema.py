@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import pickle
 import weakref
 
 import pytest
@@ -484,9 +483,3 @@ def test_a_state_that_does_not_fit_changes_nothing(bad):
         ema.load_state_dict(change(state))
     assert_lists(ema.shadow_params, before)
     assert (ema.decay, ema.num_updates, ema.collected_params) == (0.9, 1, None)
-
-
-def test_it_can_t_be_pickled_as_torch_ema_s_can_t():
-    for make in (ExponentialMovingAverage, Theirs):
-        with pytest.raises(TypeError, match="weakref"):
-            pickle.dumps(make(make_params(), 0.9))

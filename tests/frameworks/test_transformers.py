@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCall
 from transformers import TrainingArguments as Arguments
 
 import fused_ema
+from fused_ema.hooks import transformers as transformers_hook
 from fused_ema.hooks.transformers import FILE_NAME, EMACallback
 from fused_ema.testing import ROUNDINGS
 
@@ -330,6 +331,68 @@ def test_the_best_checkpoints_average_is_loaded_with_its_weights(tmp_path):
     assert_same(dict(ema.manager.named_emas()), saved(best)["ema"])
     assert_same(values_of(Model.from_pretrained(where)), saved(best)["ema"])
     assert ema.manager.num_updates == 6
+
+
+def test_a_best_checkpoint_without_an_average_starts_one_from_its_weights(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps"}
+    settings |= {"eval_steps": 2, "load_best_model_at_end": True}
+    model = make_model()
+    model.losses = {1: 0.5, 2: 0.1, 3: 0.9}  # The best one comes before there is an average.
+    plain = Reference()
+    make_trainer(tmp_path, model, plain, max_steps=4, **settings).train()
+    model, reference, where = make_model(seed=5), Reference(), tmp_path / "deployed"
+    trainer = make_trainer(tmp_path, model, reference, max_steps=8, **settings)
+    ema = EMACallback(momentum=0.5, form="mul_add", start_anew=True, save_to=where).attach(trainer)
+    with pytest.warns(UserWarning, match=r"the best checkpoint '.*checkpoint-4', whose weights"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "out" / "checkpoint-4")
+    best = plain.raws[3]
+    assert not is_same(best, reference.raws[-1])
+    assert_same(values_of(model), best)
+    assert_same(dict(ema.manager.named_emas()), best)
+    assert (ema.manager.iteration, ema.manager.num_updates) == (0, 0)
+    assert_same(values_of(Model.from_pretrained(where)), best)
+    model.seen.clear()
+    trainer.evaluate()
+    assert_same(model.seen[0], best)
+
+
+@pytest.mark.parametrize("has_average", [True, False])
+def test_a_best_checkpoint_without_weights_changes_nothing(tmp_path, has_average):
+    """Trainer then leaves the model as it is, and says so."""
+
+    class Losing(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 7:
+                folder = tmp_path / "out" / "checkpoint-6"
+                for file in folder.iterdir():
+                    if not (has_average and file.name == FILE_NAME):
+                        file.unlink()
+
+    model = make_model()
+    model.losses = {1: 0.9, 2: 0.1, 3: 0.5, 4: 0.6}
+    settings = {"save_strategy": "steps", "save_steps": 3, "load_best_model_at_end": True}
+    settings |= {"eval_strategy": "steps", "eval_steps": 3}
+    reference = Reference()
+    trainer = make_trainer(tmp_path, model, reference, Losing(), **settings)
+    ema = EMACallback(momentum=0.1, form="mul_add").attach(trainer)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-6")
+    assert_same(values_of(model), reference.raws[-1])
+    assert_same(dict(ema.manager.named_emas()), reference.ema)
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "pytorch_model.bin.index.json", "adapter_model.safetensors"]
+)
+def test_files_that_are_weights(tmp_path, file):
+    assert not transformers_hook._has_weights(str(tmp_path))
+    (tmp_path / "ema.pt").touch()
+    (tmp_path / "optimizer.pt").touch()
+    assert not transformers_hook._has_weights(str(tmp_path))
+    (tmp_path / file).touch()
+    assert transformers_hook._has_weights(str(tmp_path))
+    assert not transformers_hook._has_weights(str(tmp_path / "gone"))
 
 
 # ---- resuming
