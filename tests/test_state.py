@@ -160,7 +160,7 @@ class Run:
 PARTS = ("model", "ema", "optimizer")
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ", ".join(settings))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("saved", "stop", "order"),
