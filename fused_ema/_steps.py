@@ -74,10 +74,15 @@ def register(
 
 
 def _is_inside_another(step: FrameType, optimizer: object) -> bool:
-    """Whether this call of torch's step wrapper is made by another one for the same optimizer."""
+    """Whether this call of torch's step wrapper is made by another one with the same hooks."""
+    hooks = vars(optimizer)[
+        "_optimizer_step_post_hooks"
+    ]  # Fabric's wrapper shares its optimizer's.
     frame = step.f_back
     while frame is not None:
-        if frame.f_code is step.f_code and (frame.f_locals.get("args") or (None,))[0] is optimizer:
-            return True
+        if frame.f_code is step.f_code and frame.f_locals.get("args"):
+            outer = frame.f_locals["args"][0]
+            if vars(outer).get("_optimizer_step_post_hooks") is hooks:
+                return True
         frame = frame.f_back
     return False

@@ -18,8 +18,21 @@ from torch.nn.parameter import is_lazy
 from fused_ema import _native
 from fused_ema._foreach import has_plain_memory, is_dense
 
-# Children that stand for their parent: of torch.compile, activation checkpointing and FSDP1.
-_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# Children that stand for their parent: of torch.compile, activation checkpointing, FSDP1, and
+# Lightning's Fabric, which has the module under both of its names.
+_TRANSPARENT = frozenset(
+    {
+        *("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"),
+        *("_forward_module", "_original_module"),
+    }
+)
+# Others, whose name for it is anybody's: by the class, which need not be installed.
+_WRAPPERS = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "DeepSpeedEngine": "module",
+    "GradSampleModule": "_module",  # Opacus
+}
 _NUM_SHOWN_NAMES = 8
 
 
@@ -219,8 +232,34 @@ def _is_statistic(module: nn.Module, key: str) -> bool:
 def _stands_for(module: nn.Module, key: str) -> bool:
     if key in _TRANSPARENT:
         return True
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    return key == "module" and isinstance(module, wrappers)
+    return any(_WRAPPERS.get(cls.__name__) == key for cls in type(module).__mro__)
+
+
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's modules by the names that read() gives their members, without a dot at the end."""
+    found: dict[str, nn.Module] = {}
+    left: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
+    while left:
+        module, prefix, above = left.pop()
+        above |= {id(module)}
+        found[prefix.rstrip(".")] = module  # The wrapped one takes the place of its wrapper.
+        left += [
+            (child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
+            for key, child in reversed(module._modules.items())
+            if child is not None and id(child) not in above
+        ]
+    return found
+
+
+_QUANTISING = frozenset({"torchao", "bitsandbytes"})
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether it holds codes, whose average is nonsense and which are nothing without their scales.
+
+    As torchao's Int8Tensor, NF4Tensor and Float8Tensor, bitsandbytes' Params4bit and Int8Params.
+    """
+    return any(cls.__module__.partition(".")[0] in _QUANTISING for cls in type(tensor).__mro__)
 
 
 BufferMode = Literal["auto", "average", "copy", "skip"]
@@ -327,6 +366,8 @@ class Selection:
         return [m for m in members if m.name not in tracked and self._has(m, is_tracked=True)]
 
     def _has(self, member: Member, is_tracked: bool) -> bool:
+        if is_quantised(member.tensor) and not member.tensor.requires_grad:
+            return False
         if member.is_buffer:
             if self.buffers.mode_of(member) == "skip":
                 return False
@@ -334,7 +375,15 @@ class Selection:
             return False
         if self.include is not None and not _matches(member.name, self.include):
             return False
-        return not _matches(member.name, self.exclude)
+        if _matches(member.name, self.exclude):
+            return False
+        if is_quantised(member.tensor):
+            raise TypeError(
+                f"fused_ema.EMAManager: '{member.name}' is quantised "
+                f"({type(member.tensor).__name__}) and trained, and codes can't be averaged; leave "
+                "it out with exclude="
+            )
+        return True
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -219,7 +220,7 @@ class EMAManager:
         if self._momentum_fun is None:
             return self._momentum
         momentum = self._momentum_fun(iteration)
-        if not isinstance(momentum, (float, Real)):
+        if isinstance(momentum, bool) or not isinstance(momentum, (float, Real)):
             raise TypeError(
                 f"{_TITLE}: momentum_fun({iteration}) returned a {type(momentum).__name__}; it "
                 "must return a number"
@@ -439,6 +440,15 @@ class EMAManager:
             if i not in aside and slot.ema.dtype != slot.param.dtype:
                 raw, ema = slot.ema.clone(), slot.param.detach().clone()
                 writes += [_Write(slot.param, raw, ema), _Write(slot.ema, ema, raw)]
+        for i in aside:
+            slot = slots[i]
+            if slot.kind == "average" and slot.members[0].is_buffer and slot.stage is None:
+                # Statistics that were computed anew inside, as by update_bn, belong to the average.
+                ema, param = slot.ema, slot.param.detach()
+                is_same = (param == ema.to(param.dtype)) | (param.isnan() & ema.isnan())
+                writes.append(
+                    _Write(ema, torch.where(is_same, ema, param.to(ema.dtype)), ema.clone())
+                )
         moved = [
             slot.name
             for i, (slot, address) in enumerate(zip(slots, self._addresses, strict=False))
@@ -538,7 +548,8 @@ class EMAManager:
         Args:
             model: Has a parameter or buffer of the same shape for each tracked name, in any
                 floating-point dtype where the average has one, and on any device. What isn't
-                tracked stays as it is there.
+                tracked stays as it is there, but for the extra state of modules
+                (``get_extra_state``), which is copied.
 
         Raises:
             TypeError: The model is no module.
@@ -568,6 +579,8 @@ class EMAManager:
                 if other.tensor.stride() == first.tensor.stride()
                 and not _state.same_values(ema, emas[other.name])
             ]
+        carried, left_behind = _extra_states(self._model, model)
+        problems += left_behind
         if problems:
             raise ValueError(
                 f"{_TITLE}.copy_to: the model doesn't fit; nothing was changed:\n  "
@@ -582,6 +595,8 @@ class EMAManager:
                 )
         self._refuse_if_another_holds("copy_to", ((m.name, m.tensor) for g in tied for m in g))
         _storage.copy([group[0].tensor for group in tied], [emas[group[0].name] for group in tied])
+        for module, values in carried:
+            module.set_extra_state(values)
 
     # ---- when the model has changed
 
@@ -824,11 +839,35 @@ def was_skipped(optimizer: object) -> bool:
     return found_inf is not None and bool(found_inf)
 
 
+def _extra_states(
+    source: nn.Module, target: nn.Module
+) -> tuple[list[tuple[nn.Module, Any]], list[str]]:
+    """What modules keep beside their tensors, with the module that takes it; and who can't."""
+    others = _tracking.modules_of(target)
+    carried, left_behind = [], []
+    for name, module in _tracking.modules_of(source).items():
+        if type(module).get_extra_state is nn.Module.get_extra_state:
+            continue
+        other = others.get(name)
+        if other is module:
+            continue
+        if other is None or type(other).set_extra_state is nn.Module.set_extra_state:
+            left_behind.append(
+                f"the module '{name}' has extra state (get_extra_state) and the model's has no "
+                "place for it"
+            )
+        else:
+            carried.append((other, copy.deepcopy(module.get_extra_state())))
+    return carried, left_behind
+
+
 def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
     """Why an average can't be copied into a model's tensor; empty where it can."""
     if member is None:
         return "is missing in the model"
     tensor = member.tensor
+    if _tracking.is_quantised(tensor):
+        return f"is quantised there ({type(tensor).__name__}); copy before the model is quantised"
     if tensor.shape != ema.shape:
         return f"has shape {list(tensor.shape)} but its ema has {list(ema.shape)}"
     floats = ema.is_floating_point(), tensor.is_floating_point()

@@ -28,6 +28,7 @@ __all__ = [
     "composed",
     "constant",
     "cosine",
+    "debiased",
     "exponential",
     "half_life",
     "inverse_gamma",
@@ -54,6 +55,37 @@ def constant(momentum: float = 0.0002) -> Schedule:
         0.001
     """
     return partial(_constant, momentum=fraction("schedules.constant", "momentum", momentum))
+
+
+def debiased(momentum: float = 0.0002) -> Schedule:
+    """``m(i) = M / (1 - (1 - M) ** (i + 1))``: from 1 to M, as if the average had begun at zero.
+
+    The average that starts from zeros and is divided by ``1 - (1 - M) ** t`` after t updates, as
+    Adam corrects its moments, for runs that start from noise: what the model started with has no
+    weight in it. Here the first update copies, and each later one is the same weighted mean, up to
+    rounding. For an interval or a begin, :func:`per_update`.
+
+    Source: D. Kingma and J. Ba, Adam: A Method for Stochastic Optimization, 2015, section 3.
+
+    Args:
+        momentum: M, in (0, 1].
+
+    Raises:
+        ValueError: A setting outside of its range.
+
+    Example:
+        >>> debiased(0.5)(0), debiased(0.5)(1)
+        (1.0, 0.6666666666666666)
+    """
+    checked = fraction("schedules.debiased", "momentum", momentum)
+    return partial(_debiased, momentum=positive("schedules.debiased", "momentum", checked))
+
+
+def _debiased(iteration: int, momentum: float) -> float:
+    if momentum == 1:
+        return 1.0
+    # expm1 and log1p: 1 - (1 - M) ** t would lose all digits of a small M.
+    return min(1.0, momentum / -math.expm1((iteration + 1) * math.log1p(-momentum)))
 
 
 def exponential(momentum: float = 0.0002, total_iter: float = 2000) -> Schedule:

@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import update_bn
 
 import fused_ema
 from fused_ema import EMAManager, _tracking, ops, schedules
@@ -623,3 +624,126 @@ def test_the_default_device_does_not_matter():
         ema.load_state_dict(ema.state_dict())
     finally:
         torch.set_default_device(before)
+
+
+# ---- names, codes and what modules keep beside their tensors
+
+
+def test_names_without_the_wrappers_of_frameworks():
+    class _FabricModule(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._forward_module = nn.DataParallel(module)
+            self._original_module = module
+
+    class GradSampleModule(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._module = module
+
+    class DeepSpeedEngine(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    class Own(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._module = self.module = module
+
+    for wrapper in (_FabricModule, GradSampleModule, DeepSpeedEngine):
+        model = nn.Linear(2, 2)
+        ema = EMAManager(wrapper(model), 0.5)
+        assert [name for name, _ in ema.named_emas()] == ["weight", "bias"], wrapper
+        ema.update()
+        ema.copy_to(nn.Linear(2, 2))
+    names = [name for name, _ in EMAManager(Own(nn.Linear(2, 2)), 0.5).named_emas()]
+    assert names == ["_module.weight", "_module.bias", "module.weight", "module.bias"]
+
+
+class Codes(nn.Parameter):
+    """As a parameter of bitsandbytes: codes, and beside them what decodes them."""
+
+    __module__ = "bitsandbytes.nn.modules"
+
+    def __new__(cls, data, requires_grad=False):
+        return torch.Tensor._make_subclass(cls, data, requires_grad)
+
+
+def test_quantised_parameters():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    ema = EMAManager(model, 0.5)
+    quantised = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    quantised[0].weight = Codes(torch.arange(4, dtype=torch.uint8).view(2, 2))
+    assert "0.weight" not in dict(EMAManager(quantised, 0.5).named_emas())
+    before = quantised[1].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'0.weight' is quantised there \(Codes\)"):
+        ema.copy_to(quantised)
+    assert torch.equal(quantised[1].weight, before)
+    quantised[0].weight = Codes(torch.ones(2, 2), requires_grad=True)
+    with pytest.raises(TypeError, match=r"'0.weight' is quantised \(Codes\) and trained"):
+        EMAManager(quantised, 0.5)
+    assert "1.weight" in dict(EMAManager(quantised, 0.5, exclude="0.weight").named_emas())
+
+
+class Scaled(nn.Linear):
+    scale = 1.0
+
+    def get_extra_state(self):
+        return torch.tensor(self.scale)
+
+    def set_extra_state(self, state):
+        self.scale = float(state)
+
+
+def test_extra_state_goes_with_the_average():
+    model = nn.Sequential(Scaled(2, 2))
+    ema = EMAManager(model, 0.5)
+    model[0].scale = 3.0
+    other = nn.Sequential(Scaled(2, 2))
+    ema.copy_to(other)
+    assert other[0].scale == 3.0
+    plain = nn.Sequential(nn.Linear(2, 2))
+    before = plain[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="the module '0' has extra state"):
+        ema.copy_to(plain)
+    assert torch.equal(plain[0].weight, before)
+    ema.copy_to(model)
+    assert model[0].scale == 3.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_computed_inside_belong_to_the_average(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)).to(dtype)
+    ema = EMAManager(model, 0.1)
+    ema.update()
+    kept = dict(ema.named_emas())["0.weight"].clone()
+    raw = model[1].running_mean.clone()
+    data = [torch.randn(16, 4).to(dtype) + 3 for _ in range(5)]
+    with ema.swapped():
+        update_bn(data, model)
+        inside = model[1].running_mean.clone()
+    assert torch.equal(model[1].running_mean, raw)
+    assert torch.equal(dict(ema.named_emas())["1.running_mean"], inside.float())
+    assert torch.equal(dict(ema.named_emas())["0.weight"], kept)
+    with ema.swapped():
+        assert torch.equal(model[1].running_mean, inside)
+
+
+def test_a_momentum_of_one_is_told_the_way():
+    with pytest.raises(ValueError, match=r"momentum_fun=fused_ema\.schedules\.constant\(1\.0\)"):
+        EMAManager(nn.Linear(2, 2), 1.0)
+
+
+def test_debiased_is_the_average_that_starts_from_zeros():
+    model = nn.Linear(2, 2, bias=False).double()
+    ema = EMAManager(model, momentum_fun=schedules.debiased(0.1))
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    for step in range(1, 30):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2, 2))
+        ema.update()
+        zeros.lerp_(model.weight.detach(), 0.1)
+        corrected = zeros / (1 - 0.9**step)
+        torch.testing.assert_close(dict(ema.named_emas())["weight"], corrected)
