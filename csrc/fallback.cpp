@@ -37,6 +37,12 @@ std::pair<at::Tensor, at::Tensor> as_bits(const at::Tensor& a, const at::Tensor&
   return {a.view(at::kShort), b.view(at::kShort)};
 }
 
+// Views that are negated when they are read (imag of a conjugate): torch's lists refuse to write
+// them.
+bool is_lazy_view(const at::Tensor& a, const at::Tensor& b) {
+  return a.is_neg() || b.is_neg() || a.is_conj() || b.is_conj();
+}
+
 }  // namespace
 
 Temporaries::Device Temporaries::device_of(const at::Tensor& tensor) {
@@ -98,9 +104,9 @@ void update(const Tensors& ema, const Tensors& params, double momentum,
     };
     if (device_momentum) {
       update_by_tensor(e, p, *device_momentum, form);
-    } else if (form == Form::kLerp && e.scalar_type() != p.scalar_type()) {
+    } else if (form == Form::kLerp && (e.scalar_type() != p.scalar_type() || is_lazy_view(e, p))) {
       e.lerp_(same_dtype(), momentum);
-    } else if (form == Form::kMulAdd && e.is_cpu()) {
+    } else if (form == Form::kMulAdd && (e.is_cpu() || is_lazy_view(e, p))) {
       e.mul_(temporaries.decay).add_(same_dtype(), momentum);
     } else {
       foreach_ema.push_back(e);
@@ -132,11 +138,15 @@ void copy(const Tensors& dst, const Tensors& src) {
   Tensors to;
   Tensors from;
   for (size_t i = 0; i < dst.size(); ++i) {
+    if (is_lazy_view(dst[i], src[i])) {
+      dst[i].copy_(src[i]);
+      continue;
+    }
     auto [first, second] = as_bits(dst[i], src[i]);
     to.push_back(std::move(first));
     from.push_back(std::move(second));
   }
-  at::_foreach_copy_(to, from);
+  if (!to.empty()) at::_foreach_copy_(to, from);
 }
 
 }  // namespace fused_ema::fallback

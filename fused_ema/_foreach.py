@@ -252,9 +252,10 @@ def update(
     mixed = [(p, e.dtype) for e, p in zip(ema, params, strict=True) if e.dtype != p.dtype]
     temporaries = _Temporaries(mixed)
     for emas, parts in _by_device_and_dtype(ema, params):
+        is_lazy = any(_is_lazy_view(t) for t in (*emas, *parts))
         if isinstance(momentum, Tensor):
             _update_by_tensor(emas, parts, momentum, form)
-        elif form == "mul_add" and emas[0].device.type == "cpu":
+        elif form == "mul_add" and (is_lazy or emas[0].device.type == "cpu"):
             # On the CPU foreach rounds 1 - m to a bf16 or fp16 ema's dtype, which mul_ doesn't.
             for e, p in zip(emas, parts, strict=True):
                 same = p if p.dtype == e.dtype else temporaries.copy_of(p, e.dtype)
@@ -262,11 +263,16 @@ def update(
         elif form == "mul_add":
             torch._foreach_mul_(emas, 1.0 - momentum)
             torch._foreach_add_(emas, parts, alpha=momentum)
-        elif emas[0].dtype == parts[0].dtype:
+        elif emas[0].dtype == parts[0].dtype and not is_lazy:
             torch._foreach_lerp_(emas, parts, momentum)
         else:
             for e, p in zip(emas, parts, strict=True):
-                e.lerp_(temporaries.copy_of(p, e.dtype), momentum)
+                e.lerp_(p if p.dtype == e.dtype else temporaries.copy_of(p, e.dtype), momentum)
+
+
+def _is_lazy_view(tensor: Tensor) -> bool:
+    """Views that are negated when they are read: torch's lists refuse to write them."""
+    return tensor.is_neg() or tensor.is_conj()
 
 
 def _update_by_tensor(
@@ -307,8 +313,14 @@ def swap(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """Copies each ``src`` into its ``dst``, converting the dtype."""
     if len(dst) > 0:
-        pairs = [_as_bits(d, s) for d, s in zip(dst, src, strict=True)]
-        torch._foreach_copy_([d for d, _ in pairs], [s for _, s in pairs])
+        pairs = []
+        for d, s in zip(dst, src, strict=True):
+            if _is_lazy_view(d) or _is_lazy_view(s):
+                d.copy_(s)
+            else:
+                pairs.append(_as_bits(d, s))
+        if pairs:
+            torch._foreach_copy_([d for d, _ in pairs], [s for _, s in pairs])
 
 
 def _as_bits(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -472,6 +473,12 @@ def check_memory(op: str, member: Member) -> None:
     """Raises ValueError where a member has no values, or several in one place."""
     tensor = member.tensor
     title = "fused_ema.EMAManager" + (f".{op}" if op else "")
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    if fake is not None and isinstance(tensor, fake.FakeTensor):
+        raise ValueError(
+            f"{title}: '{member.name}' is a fake tensor without values; make the manager outside "
+            "of FakeTensorMode, of the real model"
+        )
     if tensor.is_meta:
         raise ValueError(
             f"{title}: '{member.name}' is on the meta device and has no values; load or initialise "

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import update_bn
@@ -91,6 +92,13 @@ def test_a_model_on_meta_is_refused_until_it_has_values():
     model.to("meta")
     with pytest.raises(ValueError, match="'weight' is on the meta device"):
         ema.refresh()
+
+
+def test_fake_tensors_are_refused_by_name():
+    with FakeTensorMode():
+        model = nn.Linear(2, 2)
+        with pytest.raises(ValueError, match="'weight' is a fake tensor"):
+            EMAManager(model, 0.5)
 
 
 def test_copy_to_an_offloaded_model():

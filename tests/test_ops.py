@@ -348,3 +348,22 @@ def test_a_tensor_of_more_than_2_31_elements():
     assert ema[-17:].eq(0.5).all()
     assert ema[2**31 - 1 :: 2**29].eq(0.5).all()
     assert ema[: 2**20].eq(0.5).all()
+
+
+@pytest.mark.parametrize("backend", ["native", "foreach"], indirect=True)
+@pytest.mark.parametrize("form", ["lerp", "mul_add"])
+def test_views_that_are_negated_when_they_are_read(backend, form):
+    ema = torch.randn(5, dtype=torch.complex64).conj().imag
+    param = torch.randn(5)
+    assert ema.is_neg()
+    expected = ema.clone()
+    if form == "lerp":
+        expected.lerp_(param, 0.25)
+    else:
+        expected.mul_(0.75).add_(param, alpha=0.25)
+    fused_ema.update_([ema], [param], 0.25, form)
+    assert torch.equal(ema, expected)
+    fused_ema.Plan([ema], [param]).copy_to_params()
+    assert torch.equal(param, expected)
+    fused_ema.copy_([ema], [torch.ones(5)])
+    assert torch.equal(ema, torch.ones(5))
