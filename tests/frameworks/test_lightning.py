@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+from collections import OrderedDict
 
 import lightning.pytorch as pl
 import pytest
@@ -256,6 +257,33 @@ def test_one_update_a_real_step(tmp_path, accumulate, kind):
     trainer = make_trainer(tmp_path, ema, reference, accumulate_grad_batches=accumulate)
     trainer.fit(module, loader(7))
     assert ema.manager.num_updates == 2 * -(-7 // accumulate) == trainer.global_step
+    assert_same(values_of(module), reference.ema)
+
+
+class WithoutHooks(torch.optim.SGD):
+    """As timm's Lookahead: it never runs Optimizer.__init__, so torch prepared no hooks for it."""
+
+    def __init__(self, params):
+        self.inside = torch.optim.SGD(params, lr=0.05)
+        self.param_groups, self.state = self.inside.param_groups, self.inside.state
+        self.defaults = {}
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+
+    def step(self, closure=None):
+        return self.inside.step(closure)
+
+
+def test_an_optimizer_that_torch_prepared_no_hooks_for(tmp_path):
+    class Wrapped(Module):
+        def configure_optimizers(self):
+            return WithoutHooks(self.trained())
+
+    ema, reference = EMA(momentum=0.1, form="mul_add"), Reference()
+    module = Wrapped()
+    trainer = make_trainer(tmp_path, ema, reference)
+    trainer.fit(module, loader(8))
+    assert ema.manager.num_updates == 16 == trainer.global_step
     assert_same(values_of(module), reference.ema)
 
 
