@@ -210,7 +210,12 @@ def make_trainings(settings: Settings) -> dict[str, Training]:
 
     naive, model = make_model(settings.seed), make_model(settings.seed)
     manager = fused_ema.EMAManager(
-        model, settings.momentum, settings.interval, form="mul_add", ema_dtype="param"
+        model,
+        settings.momentum,
+        settings.interval,
+        form="mul_add",
+        ema_dtype="param",
+        buffers="average",
     )
     return {
         "naive": training(naive, NaiveEMA(naive, settings.momentum, settings.interval)),

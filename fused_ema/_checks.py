@@ -33,15 +33,11 @@ def fraction(where: str, name: str, value: float) -> float:
 def momentum(where: str, value: float) -> float:
     """A constant momentum, between 0 and 1, both excluded."""
     checked = number(where, "momentum", value)
-    if checked == 1:
-        raise ValueError(
-            f"fused_ema.{where}: momentum is 1, which copies and averages nothing; to copy at each "
-            "update pass momentum_fun=fused_ema.schedules.constant(1.0)"
-        )
     if not 0 < checked < 1:  # false for NaN too
         raise ValueError(
             f"fused_ema.{where}: momentum is {value}; it is the weight of the new value and must "
             "be between 0 and 1 (1 - decay, where you know it as a decay)"
+            + ("; to copy, momentum_fun=fused_ema.schedules.constant(1.0)" if checked == 1 else "")
         )
     return checked
 

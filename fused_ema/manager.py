@@ -349,9 +349,9 @@ class EMAManager:
             self._tracked = tracked = tracked.restaged()
         if tracked.tied:
             tracked.check_geometry("update", tracked.tied)
-        plan = tracked.plan
-        num_refreshes = plan._num_refreshes
         try:
+            plan = tracked.plan
+            num_refreshes = plan._num_refreshes
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.param for slot in staged])
             if momentum is None:
@@ -434,21 +434,24 @@ class EMAManager:
         tracked = self._tracked
         tracked.check_geometry(op)
         slots, aside = tracked.slots, self._aside
-        writes = [_Write(slots[i].param, raw, slots[i].ema) for i, raw in aside.items()]
+        writes = []
+        for i, raw in aside.items():
+            param, ema = slots[i].param.detach(), slots[i].ema
+            writes.append(_Write(slots[i].param, raw, ema))
+            is_statistic = slots[i].kind == "average" and slots[i].members[0].is_buffer
+            if (
+                is_statistic and slots[i].stage is None and self._addresses
+            ):  # Not of a loaded state.
+                # Computed anew inside, as by update_bn, it belongs to the average.
+                is_same = (param == ema.to(param.dtype)) | (param.isnan() & ema.isnan())
+                writes[-1] = _Write(slots[i].param, raw, param.clone())
+                now = torch.where(is_same, ema, param.to(ema.dtype))
+                writes.append(_Write(ema, now, ema.clone()))
         for i, slot in enumerate(slots):
             # Converted while it held the ema: each side takes the other's values in its own dtype.
             if i not in aside and slot.ema.dtype != slot.param.dtype:
                 raw, ema = slot.ema.clone(), slot.param.detach().clone()
                 writes += [_Write(slot.param, raw, ema), _Write(slot.ema, ema, raw)]
-        for i in aside:
-            slot = slots[i]
-            if slot.kind == "average" and slot.members[0].is_buffer and slot.stage is None:
-                # Statistics that were computed anew inside, as by update_bn, belong to the average.
-                ema, param = slot.ema, slot.param.detach()
-                is_same = (param == ema.to(param.dtype)) | (param.isnan() & ema.isnan())
-                writes.append(
-                    _Write(ema, torch.where(is_same, ema, param.to(ema.dtype)), ema.clone())
-                )
         moved = [
             slot.name
             for i, (slot, address) in enumerate(zip(slots, self._addresses, strict=False))
