@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,8 @@ def no_memory_for_a_manager(op, dtype):
     averaged = Averaged(Wide(dtype), is_swapped, **settings)
     for p in averaged.model.many:  # An update, too, has a table to make.
         p.data = p.data.clone()
+    # Which a swap out tells of.
+    warnings.filterwarnings("ignore", ".*while the model held the ema", UserWarning)
     return "\n".join(
         f"{room} bytes: {forked(one_call_without_memory, averaged, call, room).splitlines()[-1]}"
         for room in (0, *(1 << shift for shift in range(12, 20)), 1 << 26)
@@ -417,7 +420,7 @@ def test_whatever_there_is_no_memory_for(backend, op, dtype, make):
             changed.append(f"without the {n + 1}. piece of memory: {error}")
     # Without kernels most ops ask for nothing.
     assert n < 999
-    assert n > 0 or backend == "foreach"
+    assert n > 0 or backend == "foreach" or op == "refresh"  # Which keeps what is the same.
     assert not changed, "\n".join(changed)
 
 
