@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _checks, _slots, _state, _steps, _storage, _tracking
+from fused_ema import _checks, _shards, _slots, _state, _steps, _storage, _tracking
 from fused_ema._foreach import check_form, dtype_name, has_plain_memory
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
@@ -185,7 +185,7 @@ class EMAManager:
         tracked_names = {m.name for m in old.members} if old is not None else frozenset[str]()
         members = self._selection.choose(tree.members, tracked_names)
         frozen = self._selection.left_frozen(tree.members, {member.name for member in members})
-        named = ((member.name, member.tensor) for member in members)
+        named = ((member.name, member.local) for member in members)
         self._refuse_if_another_holds(op, named)
         before = {} if old is None else {m.name: s for s in old.slots for m in s.members}
         tracked = self._policy.track(tree, members, before)
@@ -247,7 +247,7 @@ class EMAManager:
 
     def __repr__(self) -> str:
         momentum = self._momentum if self._momentum_fun is None else self._momentum_fun
-        num_elements = sum(slot.ema.numel() for slot in self._tracked.slots)
+        num_elements = sum(slot.members[0].tensor.numel() for slot in self._tracked.slots)
         tracked = self._tracked
         others = {"copied": tracked.copied, "kept": [s for s in tracked.slots if s.kind == "keep"]}
         parts = "".join(f", {len(slots):,} {what}" for what, slots in others.items() if slots)
@@ -341,7 +341,7 @@ class EMAManager:
     def _apply(self, momentum: float | None) -> None:
         """Averages with that momentum, or copies everything where there is none."""
         tracked = self._tracked
-        if not tracked.tree.is_current_so_far():
+        if not tracked.is_current_so_far():
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
         if tracked.staged and any(s.source.dtype != s.param.dtype for s in tracked.staged):
@@ -429,6 +429,8 @@ class EMAManager:
         self._addresses = [_address(slot.param) for slot in slots]
 
     def _swap_out(self, op: str) -> None:
+        # An evaluation that was broken off leaves its parameters gathered.
+        self._tracked.tree.units.reshard(f"{_TITLE}.{op}", by_force=True)
         lost = self._follow_buffers()
         tracked = self._tracked
         tracked.check_geometry(op)
@@ -470,10 +472,11 @@ class EMAManager:
         """Follows what was assigned anew while swapped; returns the names of what is gone."""
         # What was swapped in must come out, whatever else has become of the model meanwhile.
         tracked = self._tracked
-        if not tracked.tree.is_current():
+        if not tracked.is_current():
             try:
                 now = {member.name: member for member in _tracking.read(self._model).members}
-            except ValueError:  # A member that isn't initialised, say. The next update says so.
+            except (ValueError, RuntimeError):
+                # A member that isn't initialised, say. The next update says so.
                 return []
             continued = {
                 was.name: now[was.name]
@@ -523,11 +526,13 @@ class EMAManager:
         try:
             exchange.run()
             _storage.copy(written, [write.values for write in writes])
+            tracked.note_write()
             self._aside = dict(aside) if is_swapped else {}
             self._set_swapped(is_swapped)
         except BaseException:
             exchange.undo()
             _storage.copy(written, [write.before for write in writes])
+            tracked.note_write()
             self._aside = was_aside
             self._set_swapped(not is_swapped)
             raise
@@ -552,7 +557,8 @@ class EMAManager:
                 f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
             )
         _tracking.refuse_fsdp1(f"{_TITLE}.copy_to", model)
-        members = {member.name: member for member in _tracking.read(model).members}
+        tree = _tracking.read(model)
+        members = {member.name: member for member in tree.members}
         emas = self._emas()
         problems = [
             f"'{name}' {problem}"
@@ -565,7 +571,7 @@ class EMAManager:
             problems += [
                 f"'{first.name}' and '{other.name}' differ but are one tensor in the model"
                 for other in others
-                if other.tensor.stride() == first.tensor.stride()
+                if other.local.stride() == first.local.stride()
                 and not _state.same_values(ema, emas[other.name])
             ]
         if problems:
@@ -575,13 +581,18 @@ class EMAManager:
             )
         if self._is_swapped:
             own = {_tracking.memory_of(slot.param) for slot in self._tracked.slots}
-            if any(_tracking.memory_of(group[0].tensor) in own for group in tied):
+            if any(_tracking.memory_of(group[0].local) in own for group in tied):
                 raise RuntimeError(
                     f"{_TITLE}.copy_to: the model is swapped, so it holds the ema already; swap "
                     "back first"
                 )
-        self._refuse_if_another_holds("copy_to", ((m.name, m.tensor) for g in tied for m in g))
-        _storage.copy([group[0].tensor for group in tied], [emas[group[0].name] for group in tied])
+        self._refuse_if_another_holds("copy_to", ((m.name, m.local) for g in tied for m in g))
+        _storage.copy(
+            [group[0].local for group in tied],
+            [_shards.part_of(group[0].tensor, emas[group[0].name]) for group in tied],
+        )
+        _shards.Shards([group[0].tensor for group in tied]).note_write()
+        tree.units.note_write()
 
     # ---- when the model has changed
 
@@ -625,10 +636,11 @@ class EMAManager:
                 continue
             if (
                 before is not None
-                and before.shape == slot.ema.shape
+                and before.shape == slot.members[0].tensor.shape
                 and before.is_floating_point() == slot.ema.is_floating_point()
+                and not _shards.misfit(slot.members[0].tensor, before)
             ):
-                goes_on.append((slot.ema, before))
+                goes_on.append((slot.ema, _shards.part_of(slot.members[0].tensor, before)))
             else:
                 started += [member.name for member in slot.members]
         _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
@@ -736,9 +748,12 @@ class EMAManager:
         """
         self._refuse_if_unfrozen(op)
         tracked = self._tracked
-        if not so_far and tracked.tree.is_current():
+        if tracked.tree.units.reshard(f"{_TITLE}.{op}"):
+            so_far = False
+        if not so_far and tracked.is_current():
             return tracked
-        anew = tracked.tree.buffers_assigned_anew(so_far)
+        is_followed = tracked.shards.are_current()
+        anew = tracked.tree.buffers_assigned_anew(so_far) if is_followed else None
         if anew is not None and tracked.follow_buffers(op, anew):
             tracked.tree.take_over_buffers()
             return tracked
@@ -759,7 +774,7 @@ class EMAManager:
                 + "\n  ".join(_checks.listed(changes))
             )
         for name, member in now.items():
-            if member.tensor is not was[name].tensor:
+            if member.local is not was[name].local:
                 _slots.check_memory(op, member)
         self._tracked = tracked.rebound(tree, now)
         self._frozen = self._selection.left_frozen(tree.members, now)
@@ -836,7 +851,12 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
         fits = not any(floats) and torch.promote_types(ema.dtype, tensor.dtype) == tensor.dtype
         if not fits or torch.bool in (ema.dtype, tensor.dtype):
             return f"is {tensor.dtype} but its ema is {ema.dtype}"
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if problem := _shards.misfit(tensor, ema):
+        return (
+            f"{problem}; copy into a model that is sharded alike, or save the average with "
+            "torch.distributed.checkpoint, which reshards"
+        )
+    if member.local.is_inference() and not torch.is_inference_mode_enabled():
         return "was made in torch.inference_mode(), outside of which it can't be written"
     try:
         _slots.check_memory("copy_to", member)
@@ -868,4 +888,5 @@ class _Write(NamedTuple):
 
 def _described(member: _tracking.Member) -> str:
     tensor = member.tensor
-    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} on {tensor.device}"
+    shards = _shards.described(tensor)
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} on {tensor.device}{shards}"
