@@ -79,6 +79,10 @@ class Slot:
         """Whether a swap can exchange the two in place without losing a bit."""
         return self.ema.dtype == self.param.dtype and self.stage is None
 
+    def part_of(self, values: Tensor) -> Tensor:
+        """What of some values, whole or sharded as the param is, belongs to this rank."""
+        return _shards.part_of(self.members[0].tensor, values)
+
     def seen_as(self, member: Member, values: Tensor) -> Tensor:
         """Values in the param's layout, as that member of the slot shows them."""
         tensor = member.local
@@ -113,9 +117,7 @@ class Tracked:
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
         self.loose: list[Slot] = []
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
-        self.tied = [
-            slot for slot in slots if any(m.local is not slot.param for m in slot.members)
-        ]
+        self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
         self.shards = _shards.Shards([member.tensor for member in members])
 
     def is_current(self) -> bool:

@@ -640,7 +640,7 @@ class EMAManager:
                 and before.is_floating_point() == slot.ema.is_floating_point()
                 and not _shards.misfit(slot.members[0].tensor, before)
             ):
-                goes_on.append((slot.ema, _shards.part_of(slot.members[0].tensor, before)))
+                goes_on.append((slot.ema, slot.part_of(before)))
             else:
                 started += [member.name for member in slot.members]
         _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
@@ -654,7 +654,9 @@ class EMAManager:
 
         The tensors are the live ones, not copies, as in ``module.state_dict()``. While swapped they
         are copies: the memory of each changes sides with the swap back, and the state says what it
-        held when it was taken. Under ``"ema"`` stands the average in any case.
+        held when it was taken. Under ``"ema"`` stands the average in any case. Of a sharded model
+        they are DTensors with the placements of its own, as torch.distributed.checkpoint saves
+        them and loads them onto any number of ranks.
         """
         if not self._is_swapped:
             return _state.pack(self._iteration, self._num_updates, self._emas(), {}, False)
@@ -680,9 +682,12 @@ class EMAManager:
 
         Args:
             state_dict: What :meth:`state_dict` returned, on any device. A dtype that holds fewer
-                values than the saved one is an error; a wider one is filled exactly.
+                values than the saved one is an error; a wider one is filled exactly. Of a sharded
+                model, DTensors with the model's placements, or whole tensors on every rank.
             strict: False lets names be missing, whose averages start as clones of what the model
                 holds now, or be in the state alone, which are dropped.
+
+        Ranks that hold parts of one model call it together: an error on one is an error on all.
 
         Returns:
             The names that were missing in the state, and the unexpected ones: two lists.
@@ -691,19 +696,51 @@ class EMAManager:
             TypeError: Not a dictionary.
             ValueError: Another version, or names, shapes or dtypes that don't fit: one error that
                 lists them all.
-            RuntimeError: The model is swapped, or its parameters were replaced or added.
+            RuntimeError: The model is swapped and the state isn't one of a swapped model, or the
+                model's parameters were replaced or added.
 
             Nothing has changed when an error is raised, but by a loader that wrote into the tensors
             of :meth:`state_dict` itself, as torch.distributed.checkpoint does.
         """
-        self._refuse_if_swapped("load_state_dict")
+        with _shards.one_error([member.tensor for member in self._tracked.members]):
+            tracked, loaded, incompatible = self._unpacked(state_dict, strict)
+            slots = tracked.slots
+            emas = [slot.part_of(loaded.ema[slot.name]) for slot in slots]
+            raws = [slot.part_of(loaded.raw[slot.name]) for slot in slots if loaded.is_swapped]
+        aside: dict[int, Tensor] = {}
+        if loaded.is_swapped:
+            # All of it aside: so it doesn't matter what the model holds until it is swapped back.
+            room = _slots.room_for_raw(slots)
+            _storage.copy(room, raws)
+            aside = dict(enumerate(room))
+        # The manager's own live state is its state already, and copies may not overlap.
+        own_emas = [slot.ema for slot in slots]
+        other = [i for i, e in enumerate(own_emas) if not _storage.is_same_memory(e, emas[i])]
+        _storage.copy([own_emas[i] for i in other], [emas[i] for i in other])
+        if self._is_swapped:
+            # Here the model holds an average already, of before.
+            _storage.copy([slot.param for slot in slots], own_emas)
+            tracked.note_write()
+        self._aside = aside
+        self._set_swapped(loaded.is_swapped)
+        self._iteration = loaded.iteration
+        self._num_updates = loaded.num_updates
+        return incompatible
+
+    def _unpacked(
+        self, state_dict: Mapping[str, Any], strict: bool
+    ) -> tuple[_slots.Tracked, _state.State, _state.IncompatibleKeys]:
+        """A state that fits what is tracked; raises what load_state_dict() raises."""
+        is_of_swapped = isinstance(state_dict, Mapping) and state_dict.get(_state.IS_SWAPPED_KEY)
+        if self._is_swapped and is_of_swapped is True:
+            self._refuse_if_another_is_swapped("load_state_dict")
+        else:
+            self._refuse_if_swapped("load_state_dict")
         tracked = self._follow("load_state_dict")
         tracked.check_geometry("load_state_dict")
         slots = tracked.slots
         expected = {
-            member.name: _state.Expected(
-                member.tensor.shape, member.tensor.stride(), slot.ema.dtype, slot.param.dtype
-            )
+            member.name: _state.Expected(member.tensor, slot.ema.dtype, slot.param.dtype)
             for slot in slots
             for member in slot.members
         }
@@ -713,29 +750,14 @@ class EMAManager:
         if not strict:
             own = tracked.by_name(lambda i: slots[i].param.detach())
             given_state, incompatible = _state.completed(state_dict, own, tied)
-        own_emas = [slot.ema for slot in slots]
         is_live = any(
-            isinstance(values, Tensor) and _storage.is_same_memory(slot.ema, values)
+            isinstance(values, Tensor)
+            and _storage.is_same_memory(slot.ema, _shards.shard_of(values))
             for slot, values in (
                 (slot, _ema_in(given_state, slot.name)) for slot in slots if slot.ema.numel()
             )
         )
-        loaded = _state.unpack(given_state, expected, tied, is_live)
-        aside: dict[int, Tensor] = {}
-        if loaded.is_swapped:
-            # All of it aside: so it doesn't matter what the model holds until it is swapped back.
-            room = _slots.room_for_raw(slots)
-            _storage.copy(room, [loaded.raw[slot.name] for slot in slots])
-            aside = dict(enumerate(room))
-        given = [loaded.ema[slot.name] for slot in slots]
-        # The manager's own live state is its state already, and copies may not overlap.
-        other = [i for i, e in enumerate(own_emas) if not _storage.is_same_memory(e, given[i])]
-        _storage.copy([own_emas[i] for i in other], [given[i] for i in other])
-        self._aside = aside
-        self._set_swapped(loaded.is_swapped)
-        self._iteration = loaded.iteration
-        self._num_updates = loaded.num_updates
-        return incompatible
+        return tracked, _state.unpack(given_state, expected, tied, is_live), incompatible
 
     # ---- how it is kept
 
