@@ -91,14 +91,14 @@ def refusal(name: str, tensor: Tensor) -> str:
                 "it, which has no average of its own; redistribute() it to Shard or Replicate "
                 "first, or leave it out with exclude="
             )
-    elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape") and tensor.numel() == 0:
-        if 0 not in tuple(tensor.ds_shape):
-            return (
-                f"'{name}' is partitioned by DeepSpeed ZeRO-3 and empty between its uses; average "
-                "the fp32 partitions of the optimizer with fused_ema.Plan "
-                "(optimizer.fp32_partitioned_groups_flat), use stage 2, or leave it out with "
-                "exclude="
-            )
+        return ""
+    shape = getattr(tensor, "ds_shape", None)
+    if shape is not None and hasattr(tensor, "ds_id") and tensor.numel() == 0 and 0 not in shape:
+        return (
+            f"'{name}' is partitioned by DeepSpeed ZeRO-3 and empty between its uses; average the "
+            "fp32 partitions of the optimizer (fp32_partitioned_groups_flat) with fused_ema.Plan, "
+            "use stage 2, or leave it out with exclude="
+        )
     return ""
 
 

@@ -1,0 +1,341 @@
+"""Sharded models: each rank averages its shards, bit for bit as the whole model's manager does."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import Ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fused_ema import EMAManager, schedules
+from fused_ema.testing import assert_bits_equal
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+class Net(nn.Module):
+    """Uneven and empty shards for two ranks, a buffer, and a scale that stands by itself."""
+
+    def __init__(self, seed=0, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(6, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
+        self.norm = nn.BatchNorm1d(5)
+        self.last = nn.Linear(5, 1)
+        self.to(dtype)
+
+    def forward(self, x):
+        x = self.block(self.first(x).relu())
+        return self.last(self.norm(x.to(self.norm.weight.dtype)).to(self.last.weight.dtype))
+
+
+def meshed(*shape):
+    names = ("dp", "tp")[-len(shape) :] if len(shape) < 3 else None
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def by_parts(model, **more):
+    fully_shard(model.block, **more)
+    return fully_shard(model, **more)
+
+
+def hybrid(model):
+    return by_parts(model, mesh=meshed(1, dist.get_world_size()))
+
+
+def replicas(model):
+    return by_parts(model, mesh=meshed(dist.get_world_size(), 1))
+
+
+def mixed(model):
+    # Batch norm computes in the dtype of its buffers, which stay as they are.
+    ignored = set(model.norm.parameters())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model.block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy, ignored_params=ignored)
+
+
+def tensor_parallel(model, mesh=None):
+    mesh = meshed(dist.get_world_size()) if mesh is None else mesh
+    plan = {"0": ColwiseParallel(use_local_output=False), "1": None, "2": RowwiseParallel()}
+    del plan["1"]
+    parallelize_module(model.first, mesh, ColwiseParallel(output_layouts=Replicate()))
+    parallelize_module(model.block[2], mesh, RowwiseParallel(input_layouts=Replicate()))
+    return model
+
+
+def both(model):
+    mesh = meshed(2, dist.get_world_size() // 2)
+    return by_parts(tensor_parallel(model, mesh["tp"]), mesh=mesh["dp"])
+
+
+def from_meta(model):
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        made = by_parts(Net())
+    made.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            write(tensor, values[name])
+    return made
+
+
+SHARDED = {
+    "whole": fully_shard,
+    "parts": by_parts,
+    "one part": lambda model: fully_shard(model.block) and model,
+    "gathered until the backward": lambda model: by_parts(model, reshard_after_forward=False),
+    "never gathered after": lambda model: by_parts(model, reshard_after_forward=True),
+    "HSDP": hybrid,
+    "replicas": replicas,
+    "mixed precision": mixed,
+    "TP": tensor_parallel,
+    "from meta": from_meta,
+}
+SHARDED_4 = {
+    "TP and FSDP": both,
+    "gathered by pairs": lambda model: by_parts(model, reshard_after_forward=2),
+}
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+@torch.no_grad()
+def write(tensor, values):
+    """What a user does who knows the shards: writes this rank's part."""
+    if isinstance(tensor, DTensor):
+        part = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor._local_tensor.copy_(part._local_tensor)
+    else:
+        tensor.copy_(values)
+
+
+def all_of(named):
+    return {name: whole(tensor) for name, tensor in dict(named).items()}
+
+
+def assert_same(actual, expected, what):
+    assert list(actual) == list(expected), what
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            assert_bits_equal(actual[name], tensor, f"{what}: {name}")
+        else:
+            assert torch.equal(actual[name], tensor), (what, name)
+
+
+class Pair:
+    """A sharded model and a whole one with the same values, each with its manager."""
+
+    def __init__(self, shard, dtype=torch.float32, **settings):
+        settings.setdefault("momentum", 0.25)
+        self.plain = Net(dtype=dtype)
+        self.sharded = shard(copy.deepcopy(self.plain))
+        self.ema, self.want = (
+            EMAManager(self.sharded, **settings),
+            EMAManager(self.plain, **settings),
+        )
+        self.optimizer = torch.optim.SGD(self.sharded.parameters(), lr=0.05)
+        self.generator = torch.Generator().manual_seed(1)
+        self.dtype = dtype
+
+    def inputs(self):
+        return torch.randn(4, 6, generator=self.generator).to(self.dtype)
+
+    def step(self):
+        """Trains the sharded model; the whole one gets its values."""
+        self.optimizer.zero_grad()
+        self.sharded(self.inputs()).float().square().mean().backward()
+        self.optimizer.step()
+        self.follow()
+
+    def follow(self):
+        # state_dict() would free what an evaluation has gathered.
+        named = {**dict(self.sharded.named_parameters()), **dict(self.sharded.named_buffers())}
+        plain = {**dict(self.plain.named_parameters()), **dict(self.plain.named_buffers())}
+        for name, tensor in named.items():
+            with torch.no_grad():
+                plain[name].copy_(whole(tensor))
+
+    def update(self):
+        self.ema.update()
+        self.want.update()
+
+    def check(self, what):
+        assert_same(all_of(self.ema.named_emas()), all_of(self.want.named_emas()), what)
+
+    def evaluate(self, what):
+        """A forward sees what the model should hold."""
+        self.sharded.eval(), self.plain.eval()
+        x = self.inputs()
+        with torch.no_grad():
+            seen, want = whole(self.sharded(x)).float(), self.plain(x).float()
+        self.sharded.train(), self.plain.train()
+        assert torch.allclose(seen, want, rtol=0.05, atol=0.02), (what, seen, want)
+
+
+def course(shard, settings):
+    pair = Pair(shard, **settings)
+    for i in range(4):
+        pair.step()
+        if i == 2:
+            pair.evaluate("between step and update")
+        pair.update()
+        pair.check(f"update {i}")
+        if i % 2 == 0:
+            # Far from the average, so that a forward of the other is seen.
+            for tensor in pair.sharded.state_dict().values():
+                if tensor.is_floating_point():
+                    write(tensor, whole(tensor) * 1.5 + 0.25)
+            pair.follow()
+        raw = all_of(pair.sharded.state_dict())
+        with pair.ema.swapped(), pair.want.swapped():
+            held = all_of(pair.plain.state_dict())
+            assert_same(all_of(pair.sharded.state_dict()), held, f"swapped {i}")
+            pair.evaluate(f"swapped {i}")
+            pair.check(f"swapped {i}")
+        assert_same(all_of(pair.sharded.state_dict()), raw, f"swapped back {i}")
+        pair.evaluate(f"swapped back {i}")
+    assert pair.ema.num_updates == pair.want.num_updates
+    pair.ema.copy_to(pair.sharded)
+    pair.want.copy_to(pair.plain)
+    assert_same(
+        all_of(pair.sharded.state_dict()), all_of(pair.plain.state_dict()), "copied to the model"
+    )
+    pair.evaluate("copied to the model")
+    pair.step()
+    pair.ema.reset()
+    pair.want.reset()
+    pair.check("reset")
+
+
+SETTINGS = [
+    {},
+    {"form": "mul_add", "interval": 2, "skip_buffers": True},
+    {"begin": 2, "momentum_fun": schedules.linear(0.5), "buffers": "average"},
+    {"dtype": torch.bfloat16, "form": "mul_add"},
+    {"dtype": torch.bfloat16, "ema_dtype": "param", "include": ["first.*", "last.*"]},
+]
+
+
+def courses(names, of):
+    of = SHARDED_4 if of is None else of
+    for name in names:
+        for settings in SETTINGS if name == "parts" else SETTINGS[:1]:
+            try:
+                course(of[name], settings)
+            except BaseException as error:
+                error.add_note(f"sharded: {name}, {settings}")
+                raise
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_as_whole(two, name):
+    two(run_course, name)
+
+
+def run_course(name):
+    courses([name], SHARDED)
+
+
+def test_sharded_as_whole_on_four():
+    ranks = Ranks(4)
+    try:
+        ranks(courses, list(SHARDED_4), None)
+    finally:
+        ranks.stop()
+
+
+# ---- what no update, swap or copy does
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements that any operation has returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return result
+
+
+def test_nothing_is_sent_and_nothing_gathered(two):
+    two(nothing_is_sent)
+
+
+def nothing_is_sent():
+    for settings in ({}, {"ema_dtype": torch.bfloat16}):
+        torch.manual_seed(0)
+        model = by_parts_of_two(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)))
+        if settings:
+            model.to(torch.bfloat16)
+        ema = EMAManager(model, 0.25)
+        x = torch.randn(4, 64, dtype=model[0].weight.dtype)
+        model(x).sum().backward()
+        with torch.no_grad():
+            model(x)
+        with CommDebugMode() as sent, Sizes() as sizes:
+            ema.update()
+            with ema.swapped():
+                pass
+            ema.swap()
+            ema.swap()
+            ema.copy_to(model)
+            ema.reset()
+            ema.refresh()
+            ema.state_dict()
+        assert sent.get_total_counts() == 0
+        assert sizes.most < 64 * 64
+        with CommDebugMode() as sent, Sizes() as sizes:
+            whole(model[0].weight)
+        assert sent.get_total_counts() == 1
+        assert sizes.most >= 64 * 64
+
+
+def by_parts_of_two(model):
+    fully_shard(model[0])
+    return fully_shard(model)
+
+
+def test_one_launch_for_all_shards(two):
+    two(one_launch)
+
+
+def one_launch():
+    pair = Pair(by_parts)
+    plan = pair.ema._tracked.plan
+    assert len(plan) == len(list(pair.sharded.parameters())) + 2
+    assert len(plan.describe()) == 1
+    pair.update()
+    assert pair.ema._tracked.plan is plan
+    pair.step()
+    pair.update()
+    assert pair.ema._tracked.plan is plan
+    assert plan._num_refreshes == 0
