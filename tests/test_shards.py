@@ -339,3 +339,110 @@ def one_launch():
     pair.update()
     assert pair.ema._tracked.plan is plan
     assert plan._num_refreshes == 0
+
+
+# ---- states
+
+
+def saved_and_loaded(folder):
+    for settings in ({}, {"dtype": torch.bfloat16}):
+        path = f"{folder}/{len(settings)}"
+        pair = Pair(by_parts, **settings)
+        for _ in range(3):
+            pair.step()
+            pair.update()
+        state = pair.ema.state_dict()
+        for name, tensor in state["ema"].items():
+            model = dict(pair.sharded.state_dict())[name]
+            assert isinstance(tensor, DTensor) == isinstance(model, DTensor)
+            if isinstance(tensor, DTensor):
+                assert tensor.placements == model.placements
+                shard = tensor._local_tensor
+                assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
+        everything = {
+            "ema": pair.ema,
+            "model": pair.sharded.state_dict(),
+            "optimizer": pair.optimizer.state_dict(),
+        }
+        dcp.save(everything, checkpoint_id=path)
+        waits = dcp.async_save({"ema": pair.ema}, checkpoint_id=f"{path}_async")
+        waits.result()
+        averages = all_of(pair.ema.named_emas())
+        with pair.ema.swapped():
+            dcp.save({"ema": pair.ema}, checkpoint_id=f"{path}_swapped")
+        for kind in ("", "_async"):
+            fresh = Pair(fully_shard, **settings)  # In another division of the model.
+            dcp.load({"ema": fresh.ema}, checkpoint_id=path + kind)
+            assert_same(all_of(fresh.ema.named_emas()), averages, f"loaded{kind}")
+            assert fresh.ema.num_updates == fresh.ema.iteration == 3
+        fresh = Pair(by_parts, **settings)
+        with pytest.raises(Exception, match=r"call swap\(\)"):
+            dcp.load({"ema": fresh.ema}, checkpoint_id=f"{path}_swapped")
+        fresh.ema.swap()
+        dcp.load({"ema": fresh.ema}, checkpoint_id=f"{path}_swapped")
+        assert fresh.ema.is_swapped
+        assert_same(all_of(fresh.ema.named_emas()), averages, "loaded, swapped")
+        fresh.ema.swap()
+        assert_same(
+            all_of(fresh.sharded.state_dict()), all_of(pair.sharded.state_dict()), "swapped back"
+        )
+        assert_same(all_of(fresh.ema.named_emas()), averages, "swapped back")
+        pair.want.load_state_dict(whole_state(pair.ema))
+        if dist.get_rank() == 0:
+            torch.save({"state": whole_state(pair.ema), "model": averages}, f"{path}.pt")
+        else:
+            whole_state(pair.ema)
+
+
+def whole_state(ema):
+    return {k: all_of(v) if k in ("ema", "raw") else v for k, v in ema.state_dict().items()}
+
+
+def loaded_on_another_number_of_ranks(folder):
+    for settings in ({}, {"dtype": torch.bfloat16}):
+        path = f"{folder}/{len(settings)}"
+        known = torch.load(f"{path}.pt")
+        for shard in (by_parts, both) if dist.get_world_size() == 4 else (by_parts,):
+            fresh = Pair(shard, **settings)
+            dcp.load({"ema": fresh.ema}, checkpoint_id=path)
+            assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded")
+            # A whole state on every rank is as good.
+            fresh = Pair(shard, **settings)
+            fresh.ema.load_state_dict(known["state"])
+            assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded whole")
+
+
+def test_saved_and_loaded(two, tmp_path):
+    two(saved_and_loaded, str(tmp_path))
+    for world in (4,):
+        ranks = Ranks(world)
+        try:
+            ranks(loaded_on_another_number_of_ranks, str(tmp_path))
+        finally:
+            ranks.stop()
+
+
+def test_what_does_not_fit_is_one_error_on_every_rank(two):
+    two(one_error_on_every_rank)
+
+
+def one_error_on_every_rank():
+    pair = Pair(by_parts)
+    pair.step()
+    state = whole_state(pair.ema)
+    before = all_of(pair.ema.named_emas())
+    if dist.get_rank() == 1:
+        state["ema"]["first.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="'first.bias' in 'ema' has shape"):
+        pair.ema.load_state_dict(state)
+    assert_same(all_of(pair.ema.named_emas()), before, "after an error")
+    other = Pair(lambda model: fully_shard(model, shard_placement_fn=by_columns))
+    with pytest.raises(ValueError, match="'first.weight' in 'ema' is sharded as"):
+        pair.ema.load_state_dict(other.ema.state_dict())
+    with pytest.raises(ValueError, match="'first.weight' in 'ema' is sharded as"):
+        pair.want.load_state_dict(other.ema.state_dict())
+    assert_same(all_of(pair.ema.named_emas()), before, "after an error")
+
+
+def by_columns(param):
+    return Shard(1) if param.dim() == 2 and param.shape[1] % 2 == 0 else Shard(0)
