@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 
 import pytest
@@ -446,3 +447,287 @@ def one_error_on_every_rank():
 
 def by_columns(param):
     return Shard(1) if param.dim() == 2 and param.shape[1] % 2 == 0 else Shard(0)
+
+
+# ---- what FSDP2 has gathered
+
+
+def test_a_gather_under_way(two):
+    two(gather_under_way)
+
+
+def gather_under_way():
+    for shard in (fully_shard, by_parts):
+        pair = Pair(shard)
+        pair.step()
+        for p in pair.sharded.parameters():
+            write(p, whole(p) + 1)
+        pair.follow()
+        pair.sharded.unshard(async_op=True)
+        with pair.ema.swapped(), pair.want.swapped():
+            pair.evaluate("swapped in while a gather was under way")
+            pair.sharded.unshard(async_op=True)
+        pair.evaluate("swapped out while a gather was under way")
+        pair.sharded.unshard(async_op=True)
+        pair.update()
+        pair.check("updated")
+
+
+def test_an_evaluation_that_was_broken_off(two):
+    two(broken_off)
+
+
+def broken_off():
+    for more in ({}, {"reshard_after_forward": False}):
+        pair = Pair(lambda model, more=more: by_parts(model, **more))
+        pair.step()
+        pair.update()
+        raw = all_of(pair.sharded.state_dict())
+        handle = pair.sharded.eval().last.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError), pair.ema.swapped():
+            pair.sharded(pair.inputs())
+        handle.remove()
+        assert not pair.ema.is_swapped
+        assert_same(all_of(pair.sharded.state_dict()), raw, "raw weights")
+        pair.sharded.train()
+        pair.evaluate("after it")
+        pair.update()
+        pair.check("after it")
+
+
+def fail(module, args):
+    return 1 / 0
+
+
+def test_in_the_middle_of_a_forward(two):
+    two(in_a_forward)
+
+
+def in_a_forward():
+    pair = Pair(by_parts)
+    said = []
+
+    def update(module, args):
+        with pytest.raises(RuntimeError, match="in the middle of a forward") as error:
+            pair.ema.update()
+        said.append(str(error.value))
+
+    handle = pair.sharded.last.register_forward_pre_hook(update)
+    pair.step()
+    handle.remove()
+    assert said
+    assert pair.ema.iteration == 0
+    pair.update()
+    pair.check("after it")
+
+
+def test_a_part_of_a_sharded_model(two):
+    two(part_of_a_model)
+
+
+def part_of_a_model():
+    model = by_parts(Net())
+    ema = EMAManager(model.first, 0.5)
+    x = torch.randn(4, 6)
+    before = whole(model.first.weight)
+    with torch.no_grad():
+        model(x)
+    assert not isinstance(model.first.weight, DTensor)
+    again = EMAManager(model.first, 0.5)
+    assert isinstance(dict(again.named_emas())["weight"], DTensor)
+    with torch.no_grad():
+        model(x)
+    ema.update()
+    write(model.first.weight, before + 2)
+    ema.update()
+    with ema.swapped():
+        want = before.lerp(before + 2, 0.5)
+        assert_bits_equal(whole(model.first.weight), want, "swapped")
+
+
+# ---- a backward over weights that a swap has changed since
+
+
+def test_a_backward_notices_a_swap(two):
+    two(backward_notices)
+
+
+def backward_notices():
+    for shard in (by_parts, tensor_parallel, SHARDED["gathered until the backward"]):
+        pair = Pair(shard)
+        pair.step()
+        versions = [p._version for p in pair.sharded.parameters()]
+        pair.update()
+        assert [p._version for p in pair.sharded.parameters()] == versions
+        loss = pair.sharded(pair.inputs()).sum()
+        if shard is tensor_parallel:
+            pair.ema.swap()
+            assert all(
+                p._version > v for p, v in zip(pair.sharded.parameters(), versions, strict=True)
+            )
+        else:
+            with pair.ema.swapped():
+                pass
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        pair = Pair(shard)
+        pair.step()
+        versions = [p._version for p in pair.sharded.parameters()]
+        pair.ema.copy_to(pair.sharded)
+        assert all(p._version > v for p, v in zip(pair.sharded.parameters(), versions, strict=True))
+
+
+# ---- shards that were replaced, and what has none
+
+
+def test_shards_and_parameters_that_were_replaced(two):
+    two(replaced)
+
+
+def replaced():
+    # Another shard of the same DTensor is followed.
+    pair = Pair(by_parts)
+    pair.step()
+    pair.update()
+    for model in (pair.sharded, pair.plain):
+        model.to(torch.bfloat16)
+        model.to(torch.float32)
+    pair.step()
+    pair.update()
+    pair.check("converted")
+    for model in (pair.sharded, pair.plain):
+        model.to(torch.bfloat16)
+    pair.dtype = torch.bfloat16
+    for name, tensor in pair.sharded.state_dict().items():
+        if tensor.is_floating_point():
+            write(tensor, whole(tensor) + 1)
+    pair.follow()
+    pair.update()
+    pair.check("in another dtype")
+    with pair.ema.swapped(), pair.want.swapped():
+        assert_same(
+            all_of(pair.sharded.state_dict()), all_of(pair.plain.state_dict()), "in another dtype"
+        )
+
+    # Converted while it holds the average.
+    pair = Pair(by_parts)
+    pair.step()
+    pair.update()
+    with pair.ema.swapped(), pair.want.swapped():
+        pair.sharded.to(torch.float64)
+        pair.plain.to(torch.float64)
+    assert_same(all_of(pair.sharded.state_dict()), all_of(pair.plain.state_dict()), "float64")
+
+    # Another Parameter isn't.
+    pair = Pair(by_parts)
+    values = {name: whole(tensor) + 1 for name, tensor in pair.sharded.state_dict().items()}
+    anew = {name: tensor.clone() for name, tensor in pair.sharded.state_dict().items()}
+    pair.sharded.load_state_dict(anew, assign=True)
+    with pytest.raises(RuntimeError, match="'first.weight' was replaced"):
+        pair.ema.update()
+    assert pair.ema.refresh() == []
+    for name, tensor in pair.sharded.state_dict().items():
+        write(tensor, values[name])
+    pair.follow()
+    pair.update()
+    pair.check("refreshed")
+
+
+def test_a_manager_made_before_sharding(two):
+    two(made_before)
+
+
+def made_before():
+    plain = Net()
+    model = copy.deepcopy(plain)
+    ema, want = EMAManager(model, 0.25), EMAManager(plain, 0.25)
+    for one in (plain, model):
+        with torch.no_grad():
+            for p in one.parameters():
+                p.add_(1)
+    ema.update(), want.update()
+    by_parts(model)
+    for call in (ema.update, ema.swap, ema.reset, lambda: ema.load_state_dict(ema.state_dict())):
+        with pytest.raises(RuntimeError, match="'first.weight' was replaced") as error:
+            call()
+        assert "refresh()" in str(error.value)
+        assert "sharded as" in str(error.value)
+    # The averages go on: each rank has them whole and takes its part.
+    assert ema.refresh() == []
+    assert_same(all_of(ema.named_emas()), all_of(want.named_emas()), "refreshed")
+    ema.update(), want.update()
+    assert_same(all_of(ema.named_emas()), all_of(want.named_emas()), "updated")
+
+
+def test_copied_into_another_model(two):
+    two(copied)
+
+
+def copied():
+    pair = Pair(by_parts)
+    pair.step()
+    pair.update()
+    other = by_parts(Net(seed=1))
+    pair.ema.copy_to(other)
+    pair.want.copy_to(pair.plain)
+    assert_same(all_of(other.state_dict()), all_of(pair.plain.state_dict()), "another")
+    other = by_parts(Net(seed=1))
+    pair.want.copy_to(other)
+    assert_same(all_of(other.state_dict()), all_of(pair.plain.state_dict()), "of a whole one")
+    target = Net(seed=1)
+    before = all_of(target.state_dict())
+    for model in (target, fully_shard(Net(seed=1), shard_placement_fn=by_columns)):
+        with pytest.raises(ValueError, match="'first.weight' is sharded as") as error:
+            pair.ema.copy_to(model)
+        assert "reshards" in str(error.value)
+    assert_same(all_of(target.state_dict()), before, "nothing was written")
+
+
+def test_what_has_no_average(two):
+    two(refused)
+
+
+def refused():
+    mesh = meshed(2)
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    with pytest.raises(ValueError, match=r"'weight' is a DTensor with placements .*redistribute"):
+        EMAManager(model)
+    EMAManager(model, exclude="weight")
+    # A mask that is infinite on one rank is copied on all.
+    model = nn.Linear(4, 4)
+    mask = torch.zeros(4)
+    mask[3] = float("inf")
+    model.register_buffer("mask", distribute_tensor(mask, mesh, [Shard(0)]))
+    model.register_buffer("table", distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    ema = EMAManager(model, buffers="average")
+    assert ema.describe()["mask"] == "copied: not finite when the manager was made"
+    assert ema.describe()["table"].startswith("averaged")
+
+
+def test_empty_parameters_of_zero3():
+    model = nn.Linear(4, 4)
+    for p in model.parameters():
+        p.ds_id, p.ds_shape = 0, p.shape
+        p.data = torch.empty(0)
+    with pytest.raises(ValueError, match="'weight' is partitioned by DeepSpeed ZeRO-3") as error:
+        EMAManager(model)
+    assert "fused_ema.Plan" in str(error.value)
+
+
+def test_without_torch_distributed():
+    code = """
+import sys, torch
+before = {name for name in sys.modules if name.startswith("torch.distributed")}
+import fused_ema
+model = torch.nn.Linear(2, 2)
+ema = fused_ema.EMAManager(model, 0.5)
+ema.update()
+with ema.swapped():
+    pass
+ema.load_state_dict(ema.state_dict())
+ema.copy_to(model)
+new = {name for name in sys.modules if name.startswith("torch.distributed")} - before
+assert not new, new
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
