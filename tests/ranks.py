@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import tempfile
 import traceback
@@ -12,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-_SECONDS = 60
+_SECONDS = 240
 
 
 def _serve(rank, world, store, pipe):
@@ -26,7 +27,8 @@ def _serve(rank, world, store, pipe):
         world_size=world,
         timeout=timedelta(seconds=_SECONDS),
     )
-    while (call := pipe.recv()) is not None:
+    parent = os.getppid()
+    while (call := _next(pipe, parent)) is not None:
         work, args = call
         try:
             work(*args)
@@ -34,6 +36,13 @@ def _serve(rank, world, store, pipe):
         except BaseException:
             pipe.send(traceback.format_exc())
     dist.destroy_process_group()
+
+
+def _next(pipe, parent):
+    while not pipe.poll(2):
+        if os.getppid() != parent:  # The tests were killed.
+            os._exit(1)
+    return pipe.recv()
 
 
 class Ranks:
@@ -49,7 +58,7 @@ class Ranks:
             self._start()
         for pipe in self._pipes:
             pipe.send((work, args))
-        outcomes = [self._outcome(pipe) for pipe in self._pipes]
+        outcomes = self._outcomes()
         if any(outcomes):
             self.stop(by_force=True)
         assert not any(outcomes), "\n".join(
@@ -74,13 +83,19 @@ class Ranks:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def _outcome(self, pipe):
-        if not pipe.poll(_SECONDS):
-            return f"nothing after {_SECONDS} seconds"
-        try:
-            return pipe.recv()
-        except EOFError:
-            return "it ended"
+    def _outcomes(self):
+        outcomes = dict.fromkeys(range(self.world), "it didn't end")
+        left = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        seconds = _SECONDS
+        while left and (ready := multiprocessing.connection.wait(left, seconds)):
+            for pipe in ready:
+                try:
+                    outcomes[left.pop(pipe)] = text = pipe.recv()
+                except EOFError:
+                    text = "it ended"
+                if text:  # The others may wait for it.
+                    seconds = 5
+        return list(outcomes.values())
 
     def stop(self, by_force=False):
         for process, pipe in zip(

@@ -38,12 +38,12 @@ def two():
 class Net(nn.Module):
     """Uneven and empty shards for two ranks, a buffer, and a scale that stands by itself."""
 
-    def __init__(self, seed=0, dtype=torch.float32):
+    def __init__(self, seed=0, dtype=torch.float32, has_buffers=True):
         super().__init__()
         torch.manual_seed(seed)
         self.first = nn.Linear(6, 8)
         self.block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
-        self.norm = nn.BatchNorm1d(5)
+        self.norm = nn.BatchNorm1d(5) if has_buffers else nn.LayerNorm(5)
         self.last = nn.Linear(5, 1)
         self.to(dtype)
 
@@ -126,14 +126,28 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
+def local(tensor):
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def part_of(like, values):
+    """What of some values a rank holds; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return values
+    return local(
+        distribute_tensor(values.detach(), like.device_mesh, like.placements, src_data_rank=None)
+    )
+
+
 @torch.no_grad()
 def write(tensor, values):
     """What a user does who knows the shards: writes this rank's part."""
-    if isinstance(tensor, DTensor):
-        part = distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor._local_tensor.copy_(part._local_tensor)
-    else:
-        tensor.copy_(values)
+    local(tensor).copy_(part_of(tensor, values))
+
+
+def held(ema):
+    """What a manager's model holds on this rank; without asking the model, which may free it."""
+    return {member.name: member.local.clone() for member in ema._tracked.members}
 
 
 def all_of(named):
@@ -152,9 +166,9 @@ def assert_same(actual, expected, what):
 class Pair:
     """A sharded model and a whole one with the same values, each with its manager."""
 
-    def __init__(self, shard, dtype=torch.float32, **settings):
+    def __init__(self, shard, dtype=torch.float32, has_buffers=True, **settings):
         settings.setdefault("momentum", 0.25)
-        self.plain = Net(dtype=dtype)
+        self.plain = Net(dtype=dtype, has_buffers=has_buffers)
         self.sharded = shard(copy.deepcopy(self.plain))
         self.ema, self.want = (
             EMAManager(self.sharded, **settings),
@@ -175,7 +189,6 @@ class Pair:
         self.follow()
 
     def follow(self):
-        # state_dict() would free what an evaluation has gathered.
         named = {**dict(self.sharded.named_parameters()), **dict(self.sharded.named_buffers())}
         plain = {**dict(self.plain.named_parameters()), **dict(self.plain.named_buffers())}
         for name, tensor in named.items():
@@ -186,8 +199,26 @@ class Pair:
         self.ema.update()
         self.want.update()
 
+    def move(self, scale, shift):
+        """Writes other values; what is gathered doesn't have them."""
+        named = {m.name: m.tensor for m in self.ema._tracked.members}
+        with torch.no_grad():
+            for name, tensor in self.plain.state_dict().items():
+                if name in named and tensor.is_floating_point():
+                    tensor.mul_(scale).add_(shift)
+                    write(named[name], tensor)
+
     def check(self, what):
-        assert_same(all_of(self.ema.named_emas()), all_of(self.want.named_emas()), what)
+        self.compare(self.ema.named_emas(), self.want.named_emas(), what)
+
+    def check_model(self, what):
+        tensors = ((m.name, m.tensor) for m in self.ema._tracked.members)
+        self.compare(tensors, ((m.name, m.tensor) for m in self.want._tracked.members), what)
+
+    def compare(self, sharded, plain, what):
+        sharded, plain = dict(sharded), dict(plain)
+        parts = {name: part_of(sharded[name], values) for name, values in plain.items()}
+        assert_same({name: local(tensor) for name, tensor in sharded.items()}, parts, what)
 
     def evaluate(self, what):
         """A forward sees what the model should hold."""
@@ -202,31 +233,28 @@ class Pair:
 def course(shard, settings):
     pair = Pair(shard, **settings)
     for i in range(4):
-        pair.step()
-        if i == 2:
-            pair.evaluate("between step and update")
+        if i < 2:
+            pair.step()
+        else:
+            # Far from the average, so that a forward of the other is seen.
+            pair.ema._tracked.tree.units.reshard("")
+            pair.move(1.5, 0.25)
+        pair.evaluate(f"between step and update {i}")
         pair.update()
         pair.check(f"update {i}")
-        if i % 2 == 0:
-            # Far from the average, so that a forward of the other is seen.
-            for tensor in pair.sharded.state_dict().values():
-                if tensor.is_floating_point():
-                    write(tensor, whole(tensor) * 1.5 + 0.25)
-            pair.follow()
-        raw = all_of(pair.sharded.state_dict())
+        pair.evaluate(f"before the swap {i}")
+        raw = held(pair.ema)
         with pair.ema.swapped(), pair.want.swapped():
-            held = all_of(pair.plain.state_dict())
-            assert_same(all_of(pair.sharded.state_dict()), held, f"swapped {i}")
+            pair.check_model(f"swapped {i}")
             pair.evaluate(f"swapped {i}")
             pair.check(f"swapped {i}")
-        assert_same(all_of(pair.sharded.state_dict()), raw, f"swapped back {i}")
+        assert_same(held(pair.ema), raw, f"swapped back {i}")
         pair.evaluate(f"swapped back {i}")
     assert pair.ema.num_updates == pair.want.num_updates
+    assert_same(all_of(pair.ema.named_emas()), dict(pair.want.named_emas()), "gathered")
     pair.ema.copy_to(pair.sharded)
     pair.want.copy_to(pair.plain)
-    assert_same(
-        all_of(pair.sharded.state_dict()), all_of(pair.plain.state_dict()), "copied to the model"
-    )
+    pair.check_model("copied to the model")
     pair.evaluate("copied to the model")
     pair.step()
     pair.ema.reset()
@@ -434,13 +462,13 @@ def one_error_on_every_rank():
     before = all_of(pair.ema.named_emas())
     if dist.get_rank() == 1:
         state["ema"]["first.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match="'first.bias' in 'ema' has shape"):
+    with pytest.raises(ValueError, match=r"'first\.bias' in 'ema' has shape"):
         pair.ema.load_state_dict(state)
     assert_same(all_of(pair.ema.named_emas()), before, "after an error")
     other = Pair(lambda model: fully_shard(model, shard_placement_fn=by_columns))
-    with pytest.raises(ValueError, match="'first.weight' in 'ema' is sharded as"):
+    with pytest.raises(ValueError, match=r"'first\.weight' in 'ema' is sharded as"):
         pair.ema.load_state_dict(other.ema.state_dict())
-    with pytest.raises(ValueError, match="'first.weight' in 'ema' is sharded as"):
+    with pytest.raises(ValueError, match=r"'first\.weight' in 'ema' is sharded as"):
         pair.want.load_state_dict(other.ema.state_dict())
     assert_same(all_of(pair.ema.named_emas()), before, "after an error")
 
@@ -482,13 +510,13 @@ def broken_off():
         pair = Pair(lambda model, more=more: by_parts(model, **more))
         pair.step()
         pair.update()
-        raw = all_of(pair.sharded.state_dict())
+        raw = held(pair.ema)
         handle = pair.sharded.eval().last.register_forward_pre_hook(fail)
         with pytest.raises(ZeroDivisionError), pair.ema.swapped():
             pair.sharded(pair.inputs())
         handle.remove()
         assert not pair.ema.is_swapped
-        assert_same(all_of(pair.sharded.state_dict()), raw, "raw weights")
+        assert_same(held(pair.ema), raw, "raw weights")
         pair.sharded.train()
         pair.evaluate("after it")
         pair.update()
@@ -554,7 +582,7 @@ def test_a_backward_notices_a_swap(two):
 
 def backward_notices():
     for shard in (by_parts, tensor_parallel, SHARDED["gathered until the backward"]):
-        pair = Pair(shard)
+        pair = Pair(shard, has_buffers=False)
         pair.step()
         versions = [p._version for p in pair.sharded.parameters()]
         pair.update()
@@ -585,8 +613,8 @@ def test_shards_and_parameters_that_were_replaced(two):
 
 
 def replaced():
-    # Another shard of the same DTensor is followed.
-    pair = Pair(by_parts)
+    # Another shard of the same DTensor is followed. A buffer would be replaced, and noticed.
+    pair = Pair(by_parts, has_buffers=False)
     pair.step()
     pair.update()
     for model in (pair.sharded, pair.plain):
@@ -598,10 +626,7 @@ def replaced():
     for model in (pair.sharded, pair.plain):
         model.to(torch.bfloat16)
     pair.dtype = torch.bfloat16
-    for name, tensor in pair.sharded.state_dict().items():
-        if tensor.is_floating_point():
-            write(tensor, whole(tensor) + 1)
-    pair.follow()
+    pair.move(1, 1)
     pair.update()
     pair.check("in another dtype")
     with pair.ema.swapped(), pair.want.swapped():
@@ -623,7 +648,7 @@ def replaced():
     values = {name: whole(tensor) + 1 for name, tensor in pair.sharded.state_dict().items()}
     anew = {name: tensor.clone() for name, tensor in pair.sharded.state_dict().items()}
     pair.sharded.load_state_dict(anew, assign=True)
-    with pytest.raises(RuntimeError, match="'first.weight' was replaced"):
+    with pytest.raises(RuntimeError, match=r"'first\.weight' was replaced"):
         pair.ema.update()
     assert pair.ema.refresh() == []
     for name, tensor in pair.sharded.state_dict().items():
@@ -648,7 +673,7 @@ def made_before():
     ema.update(), want.update()
     by_parts(model)
     for call in (ema.update, ema.swap, ema.reset, lambda: ema.load_state_dict(ema.state_dict())):
-        with pytest.raises(RuntimeError, match="'first.weight' was replaced") as error:
+        with pytest.raises(RuntimeError, match=r"'first\.weight' was replaced") as error:
             call()
         assert "refresh()" in str(error.value)
         assert "sharded as" in str(error.value)
@@ -677,7 +702,7 @@ def copied():
     target = Net(seed=1)
     before = all_of(target.state_dict())
     for model in (target, fully_shard(Net(seed=1), shard_placement_fn=by_columns)):
-        with pytest.raises(ValueError, match="'first.weight' is sharded as") as error:
+        with pytest.raises(ValueError, match=r"'first\.weight' is sharded as") as error:
             pair.ema.copy_to(model)
         assert "reshards" in str(error.value)
     assert_same(all_of(target.state_dict()), before, "nothing was written")
