@@ -105,6 +105,8 @@ class Tracked:
         staged: Averaged slots whose param must be brought to the ema's device.
         tied: Slots whose members are several tensors over one memory, which a conversion or a
             move of the model may part.
+        shards: Of the members that are DTensors.
+        is_sharded: Whether there are any.
     """
 
     def __init__(self, tree: Tree, members: Sequence[Member], slots: Sequence[Slot]) -> None:
@@ -119,6 +121,7 @@ class Tracked:
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
         self.shards = _shards.Shards([member.tensor for member in members])
+        self.is_sharded = any(_shards.is_dtensor(member.tensor) for member in members)
 
     def is_current(self) -> bool:
         """Whether the model still has the very tensors, and those their shards."""

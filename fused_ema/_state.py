@@ -206,13 +206,13 @@ def _check_tensors(
         tensors = state[key]
         if key == RAW_KEY and not tensors:
             # torch.distributed.checkpoint loads what state_dict() has, unswapped no raw weights.
-            problems.append(
-                f"'{RAW_KEY}' is empty though the state was saved while swapped; call swap() "
-                "before torch.distributed.checkpoint.load, so that it finds room for the raw "
-                "weights, or make a file of the folder "
-                "(torch.distributed.checkpoint.format_utils.dcp_to_torch_save), and load what "
-                "torch.load gives"
+            way = (
+                "make a file of the folder (torch.distributed.checkpoint.format_utils."
+                "dcp_to_torch_save), and load what torch.load gives"
             )
+            if any(_shards.is_dtensor(wanted.tensor) for wanted in expected.values()):
+                way = f"call swap() and load again, so that there is room for them, or {way}"
+            problems.append(f"'{RAW_KEY}' is empty though the state was saved while swapped; {way}")
             continue
         problems += [f"missing in '{key}': '{n}'" for n in expected if n not in tensors]
         problems += [f"surplus in '{key}': '{n}'" for n in tensors if n not in expected]

@@ -57,6 +57,12 @@ class EMAManager:
     :meth:`refresh` takes the model as it is now. A buffer that the model assigns anew, with the
     same shape, dtype and device, is followed. A manager belongs to one thread.
 
+    Of a sharded model (DTensors: FSDP2, HSDP, tensor parallel) each rank makes a manager and calls
+    it as all others do. It works on the shards that the rank holds: nothing is sent or gathered
+    but where a manager is made of DTensor buffers to average, and in :meth:`load_state_dict`. What
+    FSDP2 has gathered is freed before names are read and before a swap, so that the next forward
+    sees what was written. Shard first, then make the manager; after sharding, :meth:`refresh`.
+
     Args:
         model: Its parameters and, unless ``skip_buffers``, its persistent buffers are tracked.
             May be wrapped or compiled.
@@ -94,7 +100,9 @@ class EMAManager:
             decay instead of a momentum.
         ValueError: A setting outside of its range, a model without parameters, a pattern that
             matches nothing, a parameter that isn't initialised yet or is on the meta device,
-            expanded tensors, tensors that overlap, a model that FSDP1 shards.
+            expanded tensors, tensors that overlap, a model that FSDP1 shards, DTensors with
+            Partial placements, parameters that ZeRO-3 has partitioned.
+        RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows.
 
     Warns:
         UserWarning: A constant momentum above 0.5, which most often is a decay.
@@ -696,8 +704,9 @@ class EMAManager:
             TypeError: Not a dictionary.
             ValueError: Another version, or names, shapes or dtypes that don't fit: one error that
                 lists them all.
-            RuntimeError: The model is swapped and the state isn't one of a swapped model, or the
-                model's parameters were replaced or added.
+            RuntimeError: The model is swapped, or its parameters were replaced or added. A sharded
+                one that :meth:`swap` has swapped takes a state of a swapped model: so
+                torch.distributed.checkpoint finds room for the raw weights.
 
             Nothing has changed when an error is raised, but by a loader that wrote into the tensors
             of :meth:`state_dict` itself, as torch.distributed.checkpoint does.
@@ -732,7 +741,8 @@ class EMAManager:
     ) -> tuple[_slots.Tracked, _state.State, _state.IncompatibleKeys]:
         """A state that fits what is tracked; raises what load_state_dict() raises."""
         is_of_swapped = isinstance(state_dict, Mapping) and state_dict.get(_state.IS_SWAPPED_KEY)
-        if self._is_swapped and is_of_swapped is True:
+        # torch.distributed.checkpoint loads what a state has already: raw weights while swapped.
+        if self._tracked.is_sharded and is_of_swapped is True and not self._in_context:
             self._refuse_if_another_is_swapped("load_state_dict")
         else:
             self._refuse_if_swapped("load_state_dict")
