@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fused_ema import _native, _storage, ops
+from fused_ema import _native, _shards, _storage, ops
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
 from fused_ema._tracking import Buffers, Member, Tree, group_tied, memory_of
 from fused_ema.ops import Form
@@ -63,8 +63,8 @@ class Slot:
 
     @property
     def param(self) -> Tensor:
-        """The model's tensor."""
-        return self.members[0].tensor
+        """The model's tensor, as much of it as this rank holds."""
+        return self.members[0].local
 
     @property
     def treatment(self) -> str:
@@ -80,13 +80,17 @@ class Slot:
         """Whether a swap can exchange the two in place without losing a bit."""
         return self.ema.dtype == self.param.dtype and self.stage is None
 
+    def part_of(self, values: Tensor) -> Tensor:
+        """What of some values, whole or sharded as the param is, belongs to this rank."""
+        return _shards.part_of(self.members[0].tensor, values)
+
     def seen_as(self, member: Member, values: Tensor) -> Tensor:
         """Values in the param's layout, as that member of the slot shows them."""
-        tensor = member.tensor
-        if tensor.shape == self.param.shape and tensor.stride() == self.param.stride():
-            return values
-        # Tied by a transposed view: dense, so the ema has the same strides.
-        return values.as_strided(tensor.shape, tensor.stride(), values.storage_offset())
+        tensor = member.local
+        if tensor.shape != self.param.shape or tensor.stride() != self.param.stride():
+            # Tied by a transposed view: dense, so the ema has the same strides.
+            values = values.as_strided(tensor.shape, tensor.stride(), values.storage_offset())
+        return _shards.with_shard(member.tensor, values)
 
 
 class Tracked:
@@ -102,6 +106,8 @@ class Tracked:
         staged: Averaged slots whose param must be brought to the ema's device.
         tied: Slots whose members are several tensors over one memory, which a conversion or a
             move of the model may part.
+        shards: Of the members that are DTensors.
+        is_sharded: Whether there are any.
     """
 
     def __init__(self, tree: Tree, members: Sequence[Member], slots: Sequence[Slot]) -> None:
@@ -114,9 +120,22 @@ class Tracked:
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
         self.loose: list[Slot] = []
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
-        self.tied = [
-            slot for slot in slots if any(m.tensor is not slot.param for m in slot.members)
-        ]
+        self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
+        self.shards = _shards.Shards([member.tensor for member in members])
+        self.is_sharded = any(_shards.is_dtensor(member.tensor) for member in members)
+
+    def is_current(self) -> bool:
+        """Whether the model still has the very tensors, and those their shards."""
+        return self.tree.is_current() and self.shards.are_current()
+
+    def is_current_so_far(self) -> bool:
+        """The same in every step; see Tree.is_current_so_far()."""
+        return self.tree.is_current_so_far() and self.shards.are_current()
+
+    def note_write(self) -> None:
+        """To be called after each write to params."""
+        self.shards.note_write()
+        self.tree.units.note_write()
 
     @cached_property
     def plan(self) -> Plan:
@@ -208,7 +227,7 @@ class Tracked:
             place, slot = self._places[name]
             was = self.members[place]
             now = Member(name, tensor, True, was.is_statistic)
-            if len(slot.members) > 1 or not is_continued(was, now):
+            if len(slot.members) > 1 or not is_continued(was, now) or now.local is not tensor:
                 return False
             check_memory(op, now)
             changes.append((place, slot, now))
@@ -290,7 +309,7 @@ class Tracked:
                     "refresh() to go on there"
                 )
             for member in slot.members[1:]:
-                tensor = member.tensor
+                tensor = member.local
                 if tensor is not param and tensor.data_ptr() != param.data_ptr():
                     raise ValueError(
                         f"fused_ema.EMAManager.{op}: '{member.name}' is no longer tied to "
@@ -328,6 +347,7 @@ def is_continued(was: Member, now: Member) -> bool:
         return True
     same_kind = a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
     same_place = a.shape == b.shape and a.device == b.device
+    same_place = same_place and _shards.is_laid_alike(a, b)
     return was.is_buffer and now.is_buffer and same_kind and same_place
 
 
@@ -371,7 +391,7 @@ class Policy:
         for member in members:
             check_memory("", member)
         groups = group_tied(members)
-        params = [group[0].tensor for group in groups]
+        params = [group[0].local for group in groups]
         before = [old.get(group[0].name) for group in groups]
         decided = [self._kind_of(group[0]) for group in groups]
         judged = [
@@ -381,6 +401,7 @@ class Policy:
         ]
         # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
         finite = _storage.are_finite([params[i] for i in judged])
+        finite = _shards.all_of([groups[i][0].tensor for i in judged], finite)
         for i, is_finite in zip(judged, finite, strict=True):
             if not is_finite:
                 decided[i] = "copy", "not finite when the manager was made"
@@ -395,6 +416,7 @@ class Policy:
             for i, slot in enumerate(before)
             if slot is not None
             and slot.name == groups[i][0].name  # Of tensors that were tied one goes on with it.
+            and _shards.is_laid_alike(slot.members[0].tensor, groups[i][0].tensor)
             and _has_room(slot.ema, params[i], dtypes[i], devices[i])
         }
         new = [i for i in range(len(groups)) if i not in kept]
@@ -417,7 +439,7 @@ class Policy:
         return tracked
 
     def _kind_of(self, member: Member) -> tuple[Kind, str]:
-        dtype = member.tensor.dtype
+        dtype = member.local.dtype
         if not member.is_buffer:
             if dtype.is_complex:
                 raise TypeError(
@@ -440,10 +462,10 @@ class Policy:
         return "copy", "no running statistic of a norm layer"
 
     def _dtype_of(self, member: Member, kind: Kind) -> torch.dtype:
-        own = member.tensor.dtype
-        if member.tensor.layout != torch.strided:
+        own = member.local.dtype
+        if member.local.layout != torch.strided:
             raise TypeError(
-                f"fused_ema.EMAManager: '{member.name}' has layout {member.tensor.layout}; only "
+                f"fused_ema.EMAManager: '{member.name}' has layout {member.local.layout}; only "
                 "dense tensors can be averaged, leave it out with exclude="
             )
         if kind != "average" or self.ema_dtype == "param":
@@ -471,7 +493,7 @@ def _has_room(ema: Tensor, param: Tensor, dtype: torch.dtype, device: torch.devi
 
 def check_memory(op: str, member: Member) -> None:
     """Raises ValueError where a member has no values, or several in one place."""
-    tensor = member.tensor
+    tensor = member.local
     title = "fused_ema.EMAManager" + (f".{op}" if op else "")
     fake = sys.modules.get("torch._subclasses.fake_tensor")
     if fake is not None and isinstance(tensor, fake.FakeTensor):
@@ -479,6 +501,8 @@ def check_memory(op: str, member: Member) -> None:
             f"{title}: '{member.name}' is a fake tensor without values; make the manager outside "
             "of FakeTensorMode, of the real model"
         )
+    if refusal := _shards.refusal(member.name, member.tensor):
+        raise ValueError(f"{title}: {refusal}")
     if tensor.is_meta:
         raise ValueError(
             f"{title}: '{member.name}' is on the meta device and has no values; load or initialise "

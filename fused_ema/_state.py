@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_ema import _checks
+from fused_ema import _checks, _shards
 from fused_ema._foreach import dtype_name
 
 VERSION = 1
@@ -62,10 +62,15 @@ class IncompatibleKeys(NamedTuple):
 
 @dataclass(frozen=True)
 class Expected:
-    """What a model's tensor of some name must find in a state."""
+    """What a model's tensor of some name must find in a state.
 
-    shape: torch.Size
-    stride: tuple[int, ...]
+    Attributes:
+        tensor: The model's.
+        ema_dtype: Of its average.
+        param_dtype: Of its values.
+    """
+
+    tensor: Tensor
     ema_dtype: torch.dtype
     param_dtype: torch.dtype
 
@@ -201,11 +206,13 @@ def _check_tensors(
         tensors = state[key]
         if key == RAW_KEY and not tensors:
             # torch.distributed.checkpoint loads what state_dict() has, unswapped no raw weights.
-            problems.append(
-                f"'{RAW_KEY}' is empty though the state was saved while swapped; make a file of "
-                "the folder (torch.distributed.checkpoint.format_utils.dcp_to_torch_save), and "
-                "load what torch.load gives"
+            way = (
+                "make a file of the folder (torch.distributed.checkpoint.format_utils."
+                "dcp_to_torch_save), and load what torch.load gives"
             )
+            if any(_shards.is_dtensor(wanted.tensor) for wanted in expected.values()):
+                way = f"call swap() and load again, so that there is room for them, or {way}"
+            problems.append(f"'{RAW_KEY}' is empty though the state was saved while swapped; {way}")
             continue
         problems += [f"missing in '{key}': '{n}'" for n in expected if n not in tensors]
         problems += [f"surplus in '{key}': '{n}'" for n in tensors if n not in expected]
@@ -214,7 +221,7 @@ def _check_tensors(
             if name not in tensors:
                 continue
             dtype = wanted.ema_dtype if key == EMA_KEY else wanted.param_dtype
-            wrong = _check_tensor(tensors[name], wanted.shape, dtype)
+            wrong = _check_tensor(tensors[name], wanted.tensor, dtype)
             if not wrong and key == EMA_KEY and dtypes.get(name) != dtype_name(tensors[name].dtype):
                 wrong = (
                     f"is {dtype_name(tensors[name].dtype)} but was saved as {dtypes.get(name)}; "
@@ -228,7 +235,7 @@ def _check_tensors(
         for names in tied:
             first, *others = names
             for name in others:
-                if expected[first].stride != expected[name].stride:
+                if expected[first].tensor.stride() != expected[name].tensor.stride():
                     continue  # One is a transposed view of the other; the first is what counts.
                 if {first, name} <= sound_names and not same_values(tensors[first], tensors[name]):
                     problems.append(
@@ -239,15 +246,17 @@ def _check_tensors(
     return problems
 
 
-def _check_tensor(tensor: object, shape: torch.Size, dtype: torch.dtype) -> str:
+def _check_tensor(tensor: object, like: Tensor, dtype: torch.dtype) -> str:
     if not isinstance(tensor, Tensor):
         return f"is a {type(tensor).__name__}, not a tensor"
-    if tensor.is_meta:
+    if _shards.shard_of(tensor).is_meta:
         return "is on the meta device and has no values; load it whole"
     if tensor.layout != torch.strided:
         return f"has layout {tensor.layout}; only dense tensors can be averaged"
-    if tensor.shape != shape:
-        return f"has shape {list(tensor.shape)} but the model's has {list(shape)}"
+    if tensor.shape != like.shape:
+        return f"has shape {list(tensor.shape)} but the model's has {list(like.shape)}"
+    if problem := _shards.misfit(like, tensor):
+        return f"{problem}; torch.distributed.checkpoint reshards what it loads"
     same_kind = tensor.dtype.is_floating_point == dtype.is_floating_point
     if not same_kind or torch.promote_types(tensor.dtype, dtype) != dtype:
         return (
@@ -258,7 +267,8 @@ def _check_tensor(tensor: object, shape: torch.Size, dtype: torch.dtype) -> str:
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same, wherever they are."""
+    """Whether two tensors of one shape hold the same, wherever they are; of shards, this rank's."""
+    a, b = _shards.shard_of(a), _shards.shard_of(b)
     if a.device == b.device and a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
         return True
     a, b = a.cpu(), b.cpu()

@@ -44,10 +44,13 @@ def allocate(
             (dtype, device): torch.empty(size, dtype=dtype, device=device)
             for (dtype, device), size in sizes.items()
         }
+        nothing = {key: torch.empty_like(whole[:0]) for key, whole in flat.items()}
     made = []
     for tensor, dtype, device, offset in zip(like, dtypes, devices, offsets, strict=True):
         if has_plain_memory(tensor):
             whole = flat[dtype, device]
+            if tensor.numel() == 0:  # Of which a view would save and stage the whole allocation.
+                whole, offset = nothing[dtype, device], 0
             view = with_own_storage(whole.as_strided(tensor.shape, _dense_strides(tensor), offset))
         else:
             view = torch.empty_like(tensor.detach(), dtype=dtype, device=device)

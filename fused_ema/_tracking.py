@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fused_ema import _native
+from fused_ema import _native, _shards
 from fused_ema._foreach import has_plain_memory, is_dense
 
 # Children that stand for their parent: of torch.compile, activation checkpointing, FSDP1, and
@@ -45,6 +45,11 @@ class Member:
     is_buffer: bool
     is_statistic: bool = False
     """Whether a norm layer keeps it as the running mean or variance of what it sees."""
+    local: Tensor = field(init=False)
+    """What this rank holds of it: of a DTensor its shard, else all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "local", _shards.shard_of(self.tensor))
 
 
 @dataclass(eq=False)
@@ -96,8 +101,10 @@ class Tree:
         members: list[Member],
         contents: Sequence[tuple[dict[str, Any], Sequence[object]]],
         prefixes: Mapping[int, Sequence[str]] | None = None,
+        units: _shards.Units | None = None,
     ) -> None:
         self.members = members
+        self.units = _shards.Units([]) if units is None else units
         filled = [(owned, held) for owned, held in contents if held]
         empty = [owned for owned, held in contents if not held]
         self._filled = _Watch(
@@ -160,7 +167,10 @@ def read(model: nn.Module) -> Tree:
 
     Raises:
         ValueError: Two members come to the same name, or one isn't initialised yet.
+        RuntimeError: FSDP2 is in the middle of a forward or backward.
     """
+    units = _shards.units_of(model)
+    units.reshard("fused_ema.EMAManager")
     members: dict[str, Member] = {}
     contents: list[tuple[dict[str, Any], list[Any]]] = []
     prefixes: dict[int, list[str]] = {}
@@ -204,7 +214,7 @@ def read(model: nn.Module) -> Tree:
             if child is not None and id(child) not in above
         ]
         left += reversed(children)
-    return Tree(list(members.values()), contents, prefixes)
+    return Tree(list(members.values()), contents, prefixes, units)
 
 
 def refuse_fsdp1(title: str, model: nn.Module) -> None:
@@ -404,7 +414,7 @@ def group_tied(members: Sequence[Member]) -> list[list[Member]]:
     """
     groups: dict[object, list[Member]] = {}
     for member in members:
-        groups.setdefault(memory_of(member.tensor), []).append(member)
+        groups.setdefault(memory_of(member.local), []).append(member)
     return list(groups.values())
 
 

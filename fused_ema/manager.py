@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _checks, _slots, _state, _steps, _storage, _tracking
+from fused_ema import _checks, _shards, _slots, _state, _steps, _storage, _tracking
 from fused_ema._foreach import check_form, dtype_name, has_plain_memory
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
@@ -58,6 +58,12 @@ class EMAManager:
     :meth:`refresh` takes the model as it is now. A buffer that the model assigns anew, with the
     same shape, dtype and device, is followed. A manager belongs to one thread.
 
+    Of a sharded model (DTensors: FSDP2, HSDP, tensor parallel) each rank makes a manager and calls
+    it as all others do. It works on the shards that the rank holds: nothing is sent or gathered
+    but where a manager is made of DTensor buffers to average, and in :meth:`load_state_dict`. What
+    FSDP2 has gathered is freed before names are read and before a swap, so that the next forward
+    sees what was written. Shard first, then make the manager; after sharding, :meth:`refresh`.
+
     Args:
         model: Its parameters and, unless ``skip_buffers``, its persistent buffers are tracked.
             May be wrapped or compiled.
@@ -95,7 +101,9 @@ class EMAManager:
             decay instead of a momentum.
         ValueError: A setting outside of its range, a model without parameters, a pattern that
             matches nothing, a parameter that isn't initialised yet or is on the meta device,
-            expanded tensors, tensors that overlap, a model that FSDP1 shards.
+            expanded tensors, tensors that overlap, a model that FSDP1 shards, DTensors with
+            Partial placements, parameters that ZeRO-3 has partitioned.
+        RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows.
 
     Warns:
         UserWarning: A constant momentum above 0.5, which most often is a decay.
@@ -186,7 +194,7 @@ class EMAManager:
         tracked_names = {m.name for m in old.members} if old is not None else frozenset[str]()
         members = self._selection.choose(tree.members, tracked_names)
         frozen = self._selection.left_frozen(tree.members, {member.name for member in members})
-        named = ((member.name, member.tensor) for member in members)
+        named = ((member.name, member.local) for member in members)
         self._refuse_if_another_holds(op, named)
         before = {} if old is None else {m.name: s for s in old.slots for m in s.members}
         tracked = self._policy.track(tree, members, before)
@@ -248,7 +256,7 @@ class EMAManager:
 
     def __repr__(self) -> str:
         momentum = self._momentum if self._momentum_fun is None else self._momentum_fun
-        num_elements = sum(slot.ema.numel() for slot in self._tracked.slots)
+        num_elements = sum(slot.members[0].tensor.numel() for slot in self._tracked.slots)
         tracked = self._tracked
         others = {"copied": tracked.copied, "kept": [s for s in tracked.slots if s.kind == "keep"]}
         parts = "".join(f", {len(slots):,} {what}" for what, slots in others.items() if slots)
@@ -342,7 +350,7 @@ class EMAManager:
     def _apply(self, momentum: float | None) -> None:
         """Averages with that momentum, or copies everything where there is none."""
         tracked = self._tracked
-        if not tracked.tree.is_current_so_far():
+        if not tracked.is_current_so_far():
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
         if tracked.staged and any(s.source.dtype != s.param.dtype for s in tracked.staged):
@@ -430,6 +438,8 @@ class EMAManager:
         self._addresses = [_address(slot.param) for slot in slots]
 
     def _swap_out(self, op: str) -> None:
+        # An evaluation that was broken off leaves its parameters gathered.
+        self._tracked.tree.units.reshard(f"{_TITLE}.{op}", by_force=True)
         lost = self._follow_buffers()
         tracked = self._tracked
         tracked.check_geometry(op)
@@ -483,10 +493,11 @@ class EMAManager:
         """Follows what was assigned anew while swapped; returns the names of what is gone."""
         # What was swapped in must come out, whatever else has become of the model meanwhile.
         tracked = self._tracked
-        if not tracked.tree.is_current():
+        if not tracked.is_current():
             try:
                 now = {member.name: member for member in _tracking.read(self._model).members}
-            except ValueError:  # A member that isn't initialised, say. The next update says so.
+            except (ValueError, RuntimeError):
+                # A member that isn't initialised, say. The next update says so.
                 return []
             continued = {
                 was.name: now[was.name]
@@ -536,11 +547,13 @@ class EMAManager:
         try:
             exchange.run()
             _storage.copy(written, [write.values for write in writes])
+            tracked.note_write()
             self._aside = dict(aside) if is_swapped else {}
             self._set_swapped(is_swapped)
         except BaseException:
             exchange.undo()
             _storage.copy(written, [write.before for write in writes])
+            tracked.note_write()
             self._aside = was_aside
             self._set_swapped(not is_swapped)
             raise
@@ -566,7 +579,8 @@ class EMAManager:
                 f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
             )
         _tracking.refuse_fsdp1(f"{_TITLE}.copy_to", model)
-        members = {member.name: member for member in _tracking.read(model).members}
+        tree = _tracking.read(model)
+        members = {member.name: member for member in tree.members}
         emas = self._emas()
         problems = [
             f"'{name}' {problem}"
@@ -579,7 +593,7 @@ class EMAManager:
             problems += [
                 f"'{first.name}' and '{other.name}' differ but are one tensor in the model"
                 for other in others
-                if other.tensor.stride() == first.tensor.stride()
+                if other.local.stride() == first.local.stride()
                 and not _state.same_values(ema, emas[other.name])
             ]
         carried, left_behind = _extra_states(self._model, model)
@@ -591,13 +605,18 @@ class EMAManager:
             )
         if self._is_swapped:
             own = {_tracking.memory_of(slot.param) for slot in self._tracked.slots}
-            if any(_tracking.memory_of(group[0].tensor) in own for group in tied):
+            if any(_tracking.memory_of(group[0].local) in own for group in tied):
                 raise RuntimeError(
                     f"{_TITLE}.copy_to: the model is swapped, so it holds the ema already; swap "
                     "back first"
                 )
-        self._refuse_if_another_holds("copy_to", ((m.name, m.tensor) for g in tied for m in g))
-        _storage.copy([group[0].tensor for group in tied], [emas[group[0].name] for group in tied])
+        self._refuse_if_another_holds("copy_to", ((m.name, m.local) for g in tied for m in g))
+        _storage.copy(
+            [group[0].local for group in tied],
+            [_shards.part_of(group[0].tensor, emas[group[0].name]) for group in tied],
+        )
+        _shards.Shards([group[0].tensor for group in tied]).note_write()
+        tree.units.note_write()
         for module, values in carried:
             module.set_extra_state(values)
 
@@ -643,10 +662,11 @@ class EMAManager:
                 continue
             if (
                 before is not None
-                and before.shape == slot.ema.shape
+                and before.shape == slot.members[0].tensor.shape
                 and before.is_floating_point() == slot.ema.is_floating_point()
+                and not _shards.misfit(slot.members[0].tensor, before)
             ):
-                goes_on.append((slot.ema, before))
+                goes_on.append((slot.ema, slot.part_of(before)))
             else:
                 started += [member.name for member in slot.members]
         _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
@@ -660,7 +680,9 @@ class EMAManager:
 
         The tensors are the live ones, not copies, as in ``module.state_dict()``. While swapped they
         are copies: the memory of each changes sides with the swap back, and the state says what it
-        held when it was taken. Under ``"ema"`` stands the average in any case.
+        held when it was taken. Under ``"ema"`` stands the average in any case. Of a sharded model
+        they are DTensors with the placements of its own, as torch.distributed.checkpoint saves
+        them and loads them onto any number of ranks.
         """
         if not self._is_swapped:
             return _state.pack(self._iteration, self._num_updates, self._emas(), {}, False)
@@ -686,9 +708,12 @@ class EMAManager:
 
         Args:
             state_dict: What :meth:`state_dict` returned, on any device. A dtype that holds fewer
-                values than the saved one is an error; a wider one is filled exactly.
+                values than the saved one is an error; a wider one is filled exactly. Of a sharded
+                model, DTensors with the model's placements, or whole tensors on every rank.
             strict: False lets names be missing, whose averages start as clones of what the model
                 holds now, or be in the state alone, which are dropped.
+
+        Ranks that hold parts of one model call it together: an error on one is an error on all.
 
         Returns:
             The names that were missing in the state, and the unexpected ones: two lists.
@@ -697,19 +722,53 @@ class EMAManager:
             TypeError: Not a dictionary.
             ValueError: Another version, or names, shapes or dtypes that don't fit: one error that
                 lists them all.
-            RuntimeError: The model is swapped, or its parameters were replaced or added.
+            RuntimeError: The model is swapped, or its parameters were replaced or added. A sharded
+                one that :meth:`swap` has swapped takes a state of a swapped model: so
+                torch.distributed.checkpoint finds room for the raw weights.
 
             Nothing has changed when an error is raised, but by a loader that wrote into the tensors
             of :meth:`state_dict` itself, as torch.distributed.checkpoint does.
         """
-        self._refuse_if_swapped("load_state_dict")
+        with _shards.one_error([member.tensor for member in self._tracked.members]):
+            tracked, loaded, incompatible = self._unpacked(state_dict, strict)
+            slots = tracked.slots
+            emas = [slot.part_of(loaded.ema[slot.name]) for slot in slots]
+            raws = [slot.part_of(loaded.raw[slot.name]) for slot in slots if loaded.is_swapped]
+        aside: dict[int, Tensor] = {}
+        if loaded.is_swapped:
+            # All of it aside: so it doesn't matter what the model holds until it is swapped back.
+            room = _slots.room_for_raw(slots)
+            _storage.copy(room, raws)
+            aside = dict(enumerate(room))
+        # The manager's own live state is its state already, and copies may not overlap.
+        own_emas = [slot.ema for slot in slots]
+        other = [i for i, e in enumerate(own_emas) if not _storage.is_same_memory(e, emas[i])]
+        _storage.copy([own_emas[i] for i in other], [emas[i] for i in other])
+        if self._is_swapped:
+            # Here the model holds an average already, of before.
+            _storage.copy([slot.param for slot in slots], own_emas)
+            tracked.note_write()
+        self._aside = aside
+        self._set_swapped(loaded.is_swapped)
+        self._iteration = loaded.iteration
+        self._num_updates = loaded.num_updates
+        return incompatible
+
+    def _unpacked(
+        self, state_dict: Mapping[str, Any], strict: bool
+    ) -> tuple[_slots.Tracked, _state.State, _state.IncompatibleKeys]:
+        """A state that fits what is tracked; raises what load_state_dict() raises."""
+        is_of_swapped = isinstance(state_dict, Mapping) and state_dict.get(_state.IS_SWAPPED_KEY)
+        # torch.distributed.checkpoint loads what a state has already: raw weights while swapped.
+        if self._tracked.is_sharded and is_of_swapped is True and not self._in_context:
+            self._refuse_if_another_is_swapped("load_state_dict")
+        else:
+            self._refuse_if_swapped("load_state_dict")
         tracked = self._follow("load_state_dict")
         tracked.check_geometry("load_state_dict")
         slots = tracked.slots
         expected = {
-            member.name: _state.Expected(
-                member.tensor.shape, member.tensor.stride(), slot.ema.dtype, slot.param.dtype
-            )
+            member.name: _state.Expected(member.tensor, slot.ema.dtype, slot.param.dtype)
             for slot in slots
             for member in slot.members
         }
@@ -719,29 +778,14 @@ class EMAManager:
         if not strict:
             own = tracked.by_name(lambda i: slots[i].param.detach())
             given_state, incompatible = _state.completed(state_dict, own, tied)
-        own_emas = [slot.ema for slot in slots]
         is_live = any(
-            isinstance(values, Tensor) and _storage.is_same_memory(slot.ema, values)
+            isinstance(values, Tensor)
+            and _storage.is_same_memory(slot.ema, _shards.shard_of(values))
             for slot, values in (
                 (slot, _ema_in(given_state, slot.name)) for slot in slots if slot.ema.numel()
             )
         )
-        loaded = _state.unpack(given_state, expected, tied, is_live)
-        aside: dict[int, Tensor] = {}
-        if loaded.is_swapped:
-            # All of it aside: so it doesn't matter what the model holds until it is swapped back.
-            room = _slots.room_for_raw(slots)
-            _storage.copy(room, [loaded.raw[slot.name] for slot in slots])
-            aside = dict(enumerate(room))
-        given = [loaded.ema[slot.name] for slot in slots]
-        # The manager's own live state is its state already, and copies may not overlap.
-        other = [i for i, e in enumerate(own_emas) if not _storage.is_same_memory(e, given[i])]
-        _storage.copy([own_emas[i] for i in other], [given[i] for i in other])
-        self._aside = aside
-        self._set_swapped(loaded.is_swapped)
-        self._iteration = loaded.iteration
-        self._num_updates = loaded.num_updates
-        return incompatible
+        return tracked, _state.unpack(given_state, expected, tied, is_live), incompatible
 
     # ---- how it is kept
 
@@ -754,9 +798,12 @@ class EMAManager:
         """
         self._refuse_if_unfrozen(op)
         tracked = self._tracked
-        if not so_far and tracked.tree.is_current():
+        if tracked.tree.units.reshard(f"{_TITLE}.{op}"):
+            so_far = False
+        if not so_far and tracked.is_current():
             return tracked
-        anew = tracked.tree.buffers_assigned_anew(so_far)
+        is_followed = tracked.shards.are_current()
+        anew = tracked.tree.buffers_assigned_anew(so_far) if is_followed else None
         if anew is not None and tracked.follow_buffers(op, anew):
             tracked.tree.take_over_buffers()
             return tracked
@@ -777,7 +824,7 @@ class EMAManager:
                 + "\n  ".join(_checks.listed(changes))
             )
         for name, member in now.items():
-            if member.tensor is not was[name].tensor:
+            if member.local is not was[name].local:
                 _slots.check_memory(op, member)
         self._tracked = tracked.rebound(tree, now)
         self._frozen = self._selection.left_frozen(tree.members, now)
@@ -878,7 +925,12 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
         fits = not any(floats) and torch.promote_types(ema.dtype, tensor.dtype) == tensor.dtype
         if not fits or torch.bool in (ema.dtype, tensor.dtype):
             return f"is {tensor.dtype} but its ema is {ema.dtype}"
-    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+    if problem := _shards.misfit(tensor, ema):
+        return (
+            f"{problem}; copy into a model that is sharded alike, or save the average with "
+            "torch.distributed.checkpoint, which reshards"
+        )
+    if member.local.is_inference() and not torch.is_inference_mode_enabled():
         return "was made in torch.inference_mode(), outside of which it can't be written"
     try:
         _slots.check_memory("copy_to", member)
@@ -910,4 +962,5 @@ class _Write(NamedTuple):
 
 def _described(member: _tracking.Member) -> str:
     tensor = member.tensor
-    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} on {tensor.device}"
+    shards = _shards.described(tensor)
+    return f"{list(tensor.shape)} {dtype_name(tensor.dtype)} on {tensor.device}{shards}"

@@ -1,0 +1,758 @@
+"""Sharded models: each rank averages its shards, bit for bit as the whole model's manager does."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ranks import Ranks
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fused_ema import EMAManager, schedules
+from fused_ema.testing import assert_bits_equal
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+class Net(nn.Module):
+    """Uneven and empty shards for two ranks, a buffer, and a scale that stands by itself."""
+
+    def __init__(self, seed=0, dtype=torch.float32, has_buffers=True):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(6, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
+        self.norm = nn.BatchNorm1d(5) if has_buffers else nn.LayerNorm(5)
+        self.last = nn.Linear(5, 1)
+        self.to(dtype)
+
+    def forward(self, x):
+        x = self.block(self.first(x).relu())
+        return self.last(self.norm(x.to(self.norm.weight.dtype)).to(self.last.weight.dtype))
+
+
+def meshed(*shape):
+    names = ("dp", "tp")[-len(shape) :] if len(shape) < 3 else None
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def by_parts(model, **more):
+    fully_shard(model.block, **more)
+    return fully_shard(model, **more)
+
+
+def hybrid(model):
+    return by_parts(model, mesh=meshed(1, dist.get_world_size()))
+
+
+def replicas(model):
+    return by_parts(model, mesh=meshed(dist.get_world_size(), 1))
+
+
+def mixed(model):
+    # Batch norm computes in the dtype of its buffers, which stay as they are.
+    ignored = set(model.norm.parameters())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    fully_shard(model.block, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy, ignored_params=ignored)
+
+
+def tensor_parallel(model, mesh=None):
+    mesh = meshed(dist.get_world_size()) if mesh is None else mesh
+    plan = {"0": ColwiseParallel(use_local_output=False), "1": None, "2": RowwiseParallel()}
+    del plan["1"]
+    parallelize_module(model.first, mesh, ColwiseParallel(output_layouts=Replicate()))
+    parallelize_module(model.block[2], mesh, RowwiseParallel(input_layouts=Replicate()))
+    return model
+
+
+def both(model):
+    mesh = meshed(2, dist.get_world_size() // 2)
+    return by_parts(tensor_parallel(model, mesh["tp"]), mesh=mesh["dp"])
+
+
+def from_meta(model):
+    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        made = by_parts(Net())
+    made.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, tensor in made.state_dict().items():
+            write(tensor, values[name])
+    return made
+
+
+SHARDED = {
+    "whole": fully_shard,
+    "parts": by_parts,
+    "one part": lambda model: fully_shard(model.block) and model,
+    "gathered until the backward": lambda model: by_parts(model, reshard_after_forward=False),
+    "never gathered after": lambda model: by_parts(model, reshard_after_forward=True),
+    "HSDP": hybrid,
+    "replicas": replicas,
+    "mixed precision": mixed,
+    "TP": tensor_parallel,
+    "from meta": from_meta,
+}
+SHARDED_4 = {
+    "TP and FSDP": both,
+    "gathered by pairs": lambda model: by_parts(model, reshard_after_forward=2),
+}
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def local(tensor):
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def part_of(like, values):
+    """What of some values a rank holds; nothing is sent."""
+    if not isinstance(like, DTensor):
+        return values
+    return local(
+        distribute_tensor(values.detach(), like.device_mesh, like.placements, src_data_rank=None)
+    )
+
+
+@torch.no_grad()
+def write(tensor, values):
+    """What a user does who knows the shards: writes this rank's part."""
+    local(tensor).copy_(part_of(tensor, values))
+
+
+def held(ema):
+    """What a manager's model holds on this rank; without asking the model, which may free it."""
+    return {member.name: member.local.clone() for member in ema._tracked.members}
+
+
+def all_of(named):
+    return {name: whole(tensor) for name, tensor in dict(named).items()}
+
+
+def assert_same(actual, expected, what):
+    assert list(actual) == list(expected), what
+    for name, tensor in expected.items():
+        if tensor.is_floating_point():
+            assert_bits_equal(actual[name], tensor, f"{what}: {name}")
+        else:
+            assert torch.equal(actual[name], tensor), (what, name)
+
+
+class Pair:
+    """A sharded model and a whole one with the same values, each with its manager."""
+
+    def __init__(self, shard, dtype=torch.float32, has_buffers=True, **settings):
+        settings.setdefault("momentum", 0.25)
+        self.plain = Net(dtype=dtype, has_buffers=has_buffers)
+        self.sharded = shard(copy.deepcopy(self.plain))
+        self.ema, self.want = (
+            EMAManager(self.sharded, **settings),
+            EMAManager(self.plain, **settings),
+        )
+        self.optimizer = torch.optim.SGD(self.sharded.parameters(), lr=0.05)
+        self.generator = torch.Generator().manual_seed(1)
+        self.dtype = dtype
+
+    def inputs(self):
+        return torch.randn(4, 6, generator=self.generator).to(self.dtype)
+
+    def step(self):
+        """Trains the sharded model; the whole one gets its values."""
+        self.optimizer.zero_grad()
+        self.sharded(self.inputs()).float().square().mean().backward()
+        self.optimizer.step()
+        self.follow()
+
+    def follow(self):
+        named = {**dict(self.sharded.named_parameters()), **dict(self.sharded.named_buffers())}
+        plain = {**dict(self.plain.named_parameters()), **dict(self.plain.named_buffers())}
+        for name, tensor in named.items():
+            with torch.no_grad():
+                plain[name].copy_(whole(tensor))
+
+    def update(self):
+        self.ema.update()
+        self.want.update()
+
+    def move(self, scale, shift):
+        """Writes other values; what is gathered doesn't have them."""
+        named = {m.name: m.tensor for m in self.ema._tracked.members}
+        with torch.no_grad():
+            for name, tensor in self.plain.state_dict().items():
+                if name in named and tensor.is_floating_point():
+                    tensor.mul_(scale).add_(shift)
+                    write(named[name], tensor)
+
+    def check(self, what):
+        self.compare(self.ema.named_emas(), self.want.named_emas(), what)
+
+    def check_model(self, what):
+        tensors = ((m.name, m.tensor) for m in self.ema._tracked.members)
+        self.compare(tensors, ((m.name, m.tensor) for m in self.want._tracked.members), what)
+
+    def compare(self, sharded, plain, what):
+        sharded, plain = dict(sharded), dict(plain)
+        parts = {name: part_of(sharded[name], values) for name, values in plain.items()}
+        assert_same({name: local(tensor) for name, tensor in sharded.items()}, parts, what)
+
+    def evaluate(self, what):
+        """A forward sees what the model should hold."""
+        self.sharded.eval(), self.plain.eval()
+        x = self.inputs()
+        with torch.no_grad():
+            seen, want = whole(self.sharded(x)).float(), self.plain(x).float()
+        self.sharded.train(), self.plain.train()
+        assert torch.allclose(seen, want, rtol=0.05, atol=0.02), (what, seen, want)
+
+
+def course(shard, settings):
+    pair = Pair(shard, **settings)
+    for i in range(4):
+        if i < 2:
+            pair.step()
+        else:
+            # Far from the average, so that a forward of the other is seen.
+            pair.ema._tracked.tree.units.reshard("")
+            pair.move(1.5, 0.25)
+        pair.evaluate(f"between step and update {i}")
+        pair.update()
+        pair.check(f"update {i}")
+        pair.evaluate(f"before the swap {i}")
+        raw = held(pair.ema)
+        with pair.ema.swapped(), pair.want.swapped():
+            pair.check_model(f"swapped {i}")
+            pair.evaluate(f"swapped {i}")
+            pair.check(f"swapped {i}")
+        assert_same(held(pair.ema), raw, f"swapped back {i}")
+        pair.evaluate(f"swapped back {i}")
+    assert pair.ema.num_updates == pair.want.num_updates
+    assert_same(all_of(pair.ema.named_emas()), dict(pair.want.named_emas()), "gathered")
+    pair.ema.copy_to(pair.sharded)
+    pair.want.copy_to(pair.plain)
+    pair.check_model("copied to the model")
+    pair.evaluate("copied to the model")
+    pair.step()
+    pair.ema.reset()
+    pair.want.reset()
+    pair.check("reset")
+
+
+SETTINGS = [
+    {},
+    {"form": "mul_add", "interval": 2, "skip_buffers": True},
+    {"begin": 2, "momentum_fun": schedules.linear(0.5), "buffers": "average"},
+    {"dtype": torch.bfloat16, "form": "mul_add"},
+    {"dtype": torch.bfloat16, "ema_dtype": "param", "include": ["first.*", "last.*"]},
+]
+
+
+def courses(names, of):
+    of = SHARDED_4 if of is None else of
+    for name in names:
+        for settings in SETTINGS if name == "parts" else SETTINGS[:1]:
+            try:
+                course(of[name], settings)
+            except BaseException as error:
+                error.add_note(f"sharded: {name}, {settings}")
+                raise
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_sharded_as_whole(two, name):
+    two(run_course, name)
+
+
+def run_course(name):
+    courses([name], SHARDED)
+
+
+def test_sharded_as_whole_on_four():
+    ranks = Ranks(4)
+    try:
+        ranks(courses, list(SHARDED_4), None)
+    finally:
+        ranks.stop()
+
+
+# ---- what no update, swap or copy does
+
+
+class Sizes(TorchDispatchMode):
+    """The most elements that any operation has returned."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return result
+
+
+def test_nothing_is_sent_and_nothing_gathered(two):
+    two(nothing_is_sent)
+
+
+def nothing_is_sent():
+    for settings in ({}, {"ema_dtype": torch.bfloat16}):
+        torch.manual_seed(0)
+        model = by_parts_of_two(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)))
+        if settings:
+            model.to(torch.bfloat16)
+        ema = EMAManager(model, 0.25)
+        x = torch.randn(4, 64, dtype=model[0].weight.dtype)
+        model(x).sum().backward()
+        with torch.no_grad():
+            model(x)
+        with CommDebugMode() as sent, Sizes() as sizes:
+            ema.update()
+            with ema.swapped():
+                pass
+            ema.swap()
+            ema.swap()
+            ema.copy_to(model)
+            ema.reset()
+            ema.refresh()
+            ema.state_dict()
+        assert sent.get_total_counts() == 0
+        assert sizes.most < 64 * 64
+        with CommDebugMode() as sent, Sizes() as sizes:
+            whole(model[0].weight)
+        assert sent.get_total_counts() == 1
+        assert sizes.most >= 64 * 64
+
+
+def by_parts_of_two(model):
+    fully_shard(model[0])
+    return fully_shard(model)
+
+
+def test_one_launch_for_all_shards(two):
+    two(one_launch)
+
+
+def one_launch():
+    pair = Pair(by_parts)
+    plan = pair.ema._tracked.plan
+    assert len(plan) == len(list(pair.sharded.parameters())) + 2
+    assert len(plan.describe()) == 1
+    pair.update()
+    assert pair.ema._tracked.plan is plan
+    pair.step()
+    pair.update()
+    assert pair.ema._tracked.plan is plan
+    assert plan._num_refreshes == 0
+
+
+# ---- states
+
+
+def saved_and_loaded(folder):
+    for settings in ({}, {"dtype": torch.bfloat16}):
+        path = f"{folder}/{len(settings)}"
+        pair = Pair(by_parts, **settings)
+        for _ in range(3):
+            pair.step()
+            pair.update()
+        state = pair.ema.state_dict()
+        for name, tensor in state["ema"].items():
+            model = dict(pair.sharded.state_dict())[name]
+            assert isinstance(tensor, DTensor) == isinstance(model, DTensor)
+            if isinstance(tensor, DTensor):
+                assert tensor.placements == model.placements
+                shard = tensor._local_tensor
+                assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
+        everything = {
+            "ema": pair.ema,
+            "model": pair.sharded.state_dict(),
+            "optimizer": pair.optimizer.state_dict(),
+        }
+        dcp.save(everything, checkpoint_id=path)
+        waits = dcp.async_save({"ema": pair.ema}, checkpoint_id=f"{path}_async")
+        waits.result()
+        averages = all_of(pair.ema.named_emas())
+        with pair.ema.swapped():
+            dcp.save({"ema": pair.ema}, checkpoint_id=f"{path}_swapped")
+        for kind in ("", "_async"):
+            fresh = Pair(fully_shard, **settings)  # In another division of the model.
+            dcp.load({"ema": fresh.ema}, checkpoint_id=path + kind)
+            assert_same(all_of(fresh.ema.named_emas()), averages, f"loaded{kind}")
+            assert fresh.ema.num_updates == fresh.ema.iteration == 3
+        fresh = Pair(by_parts, **settings)
+        with pytest.raises(Exception, match=r"call swap\(\)"):
+            dcp.load({"ema": fresh.ema}, checkpoint_id=f"{path}_swapped")
+        fresh.ema.swap()
+        dcp.load({"ema": fresh.ema}, checkpoint_id=f"{path}_swapped")
+        assert fresh.ema.is_swapped
+        assert_same(all_of(fresh.ema.named_emas()), averages, "loaded, swapped")
+        fresh.ema.swap()
+        assert_same(
+            all_of(fresh.sharded.state_dict()), all_of(pair.sharded.state_dict()), "swapped back"
+        )
+        assert_same(all_of(fresh.ema.named_emas()), averages, "swapped back")
+        pair.want.load_state_dict(whole_state(pair.ema))
+        if dist.get_rank() == 0:
+            torch.save({"state": whole_state(pair.ema), "model": averages}, f"{path}.pt")
+        else:
+            whole_state(pair.ema)
+
+
+def whole_state(ema):
+    return {k: all_of(v) if k in ("ema", "raw") else v for k, v in ema.state_dict().items()}
+
+
+def loaded_on_another_number_of_ranks(folder):
+    for settings in ({}, {"dtype": torch.bfloat16}):
+        path = f"{folder}/{len(settings)}"
+        known = torch.load(f"{path}.pt")
+        for shard in (by_parts, both) if dist.get_world_size() == 4 else (by_parts,):
+            fresh = Pair(shard, **settings)
+            dcp.load({"ema": fresh.ema}, checkpoint_id=path)
+            assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded")
+            # A whole state on every rank is as good.
+            fresh = Pair(shard, **settings)
+            fresh.ema.load_state_dict(known["state"])
+            assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded whole")
+
+
+def test_saved_and_loaded(two, tmp_path):
+    two(saved_and_loaded, str(tmp_path))
+    for world in (4,):
+        ranks = Ranks(world)
+        try:
+            ranks(loaded_on_another_number_of_ranks, str(tmp_path))
+        finally:
+            ranks.stop()
+
+
+def test_what_does_not_fit_is_one_error_on_every_rank(two):
+    two(one_error_on_every_rank)
+
+
+def one_error_on_every_rank():
+    pair = Pair(by_parts)
+    pair.step()
+    state = whole_state(pair.ema)
+    before = all_of(pair.ema.named_emas())
+    if dist.get_rank() == 1:
+        state["ema"]["first.bias"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"'first\.bias' in 'ema' has shape"):
+        pair.ema.load_state_dict(state)
+    assert_same(all_of(pair.ema.named_emas()), before, "after an error")
+    other = Pair(lambda model: fully_shard(model, shard_placement_fn=by_columns))
+    with pytest.raises(ValueError, match=r"'first\.weight' in 'ema' is sharded as"):
+        pair.ema.load_state_dict(other.ema.state_dict())
+    with pytest.raises(ValueError, match=r"'first\.weight' in 'ema' is sharded as"):
+        pair.want.load_state_dict(other.ema.state_dict())
+    assert_same(all_of(pair.ema.named_emas()), before, "after an error")
+
+
+def by_columns(param):
+    return Shard(1) if param.dim() == 2 and param.shape[1] % 2 == 0 else Shard(0)
+
+
+# ---- what FSDP2 has gathered
+
+
+def test_a_gather_under_way(two):
+    two(gather_under_way)
+
+
+def gather_under_way():
+    for shard in (fully_shard, by_parts):
+        pair = Pair(shard)
+        pair.step()
+        for p in pair.sharded.parameters():
+            write(p, whole(p) + 1)
+        pair.follow()
+        pair.sharded.unshard(async_op=True)
+        with pair.ema.swapped(), pair.want.swapped():
+            pair.evaluate("swapped in while a gather was under way")
+            pair.sharded.unshard(async_op=True)
+        pair.evaluate("swapped out while a gather was under way")
+        pair.sharded.unshard(async_op=True)
+        pair.update()
+        pair.check("updated")
+
+
+def test_an_evaluation_that_was_broken_off(two):
+    two(broken_off)
+
+
+def broken_off():
+    for more in ({}, {"reshard_after_forward": False}):
+        pair = Pair(lambda model, more=more: by_parts(model, **more))
+        pair.step()
+        pair.update()
+        raw = held(pair.ema)
+        handle = pair.sharded.eval().last.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError), pair.ema.swapped():
+            pair.sharded(pair.inputs())
+        handle.remove()
+        assert not pair.ema.is_swapped
+        assert_same(held(pair.ema), raw, "raw weights")
+        pair.sharded.train()
+        pair.evaluate("after it")
+        pair.update()
+        pair.check("after it")
+
+
+def fail(module, args):
+    return 1 / 0
+
+
+def test_in_the_middle_of_a_forward(two):
+    two(in_a_forward)
+
+
+def in_a_forward():
+    pair = Pair(by_parts)
+    said = []
+
+    def update(module, args):
+        with pytest.raises(RuntimeError, match="in the middle of a forward") as error:
+            pair.ema.update()
+        said.append(str(error.value))
+
+    handle = pair.sharded.last.register_forward_pre_hook(update)
+    pair.step()
+    handle.remove()
+    assert said
+    assert pair.ema.iteration == 0
+    pair.update()
+    pair.check("after it")
+
+
+def test_a_part_of_a_sharded_model(two):
+    two(part_of_a_model)
+
+
+def part_of_a_model():
+    model = by_parts(Net())
+    ema = EMAManager(model.first, 0.5)
+    x = torch.randn(4, 6)
+    before = whole(model.first.weight)
+    with torch.no_grad():
+        model(x)
+    assert not isinstance(model.first.weight, DTensor)
+    again = EMAManager(model.first, 0.5)
+    assert isinstance(dict(again.named_emas())["weight"], DTensor)
+    with torch.no_grad():
+        model(x)
+    ema.update()
+    write(model.first.weight, before + 2)
+    ema.update()
+    with ema.swapped():
+        want = before.lerp(before + 2, 0.5)
+        assert_bits_equal(whole(model.first.weight), want, "swapped")
+
+
+# ---- a backward over weights that a swap has changed since
+
+
+def test_a_backward_notices_a_swap(two):
+    two(backward_notices)
+
+
+def backward_notices():
+    for shard in (by_parts, tensor_parallel, SHARDED["gathered until the backward"]):
+        pair = Pair(shard, has_buffers=False)
+        pair.step()
+        versions = [p._version for p in pair.sharded.parameters()]
+        pair.update()
+        assert [p._version for p in pair.sharded.parameters()] == versions
+        loss = pair.sharded(pair.inputs()).sum()
+        if shard is tensor_parallel:
+            pair.ema.swap()
+            assert all(
+                p._version > v for p, v in zip(pair.sharded.parameters(), versions, strict=True)
+            )
+        else:
+            with pair.ema.swapped():
+                pass
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        pair = Pair(shard)
+        pair.step()
+        versions = [p._version for p in pair.sharded.parameters()]
+        pair.ema.copy_to(pair.sharded)
+        assert all(p._version > v for p, v in zip(pair.sharded.parameters(), versions, strict=True))
+
+
+# ---- shards that were replaced, and what has none
+
+
+def test_shards_and_parameters_that_were_replaced(two):
+    two(replaced)
+
+
+def replaced():
+    # Another shard of the same DTensor is followed. A buffer would be replaced, and noticed.
+    pair = Pair(by_parts, has_buffers=False)
+    pair.step()
+    pair.update()
+    for model in (pair.sharded, pair.plain):
+        model.to(torch.bfloat16)
+        model.to(torch.float32)
+    pair.step()
+    pair.update()
+    pair.check("converted")
+    for model in (pair.sharded, pair.plain):
+        model.to(torch.bfloat16)
+    pair.dtype = torch.bfloat16
+    pair.move(1, 1)
+    pair.update()
+    pair.check("in another dtype")
+    with pair.ema.swapped(), pair.want.swapped():
+        assert_same(
+            all_of(pair.sharded.state_dict()), all_of(pair.plain.state_dict()), "in another dtype"
+        )
+
+    # Converted while it holds the average.
+    pair = Pair(by_parts)
+    pair.step()
+    pair.update()
+    with pair.ema.swapped(), pair.want.swapped():
+        pair.sharded.to(torch.float64)
+        pair.plain.to(torch.float64)
+    assert_same(all_of(pair.sharded.state_dict()), all_of(pair.plain.state_dict()), "float64")
+
+    # Another Parameter isn't.
+    pair = Pair(by_parts)
+    values = {name: whole(tensor) + 1 for name, tensor in pair.sharded.state_dict().items()}
+    anew = {name: tensor.clone() for name, tensor in pair.sharded.state_dict().items()}
+    pair.sharded.load_state_dict(anew, assign=True)
+    with pytest.raises(RuntimeError, match=r"'first\.weight' was replaced"):
+        pair.ema.update()
+    assert pair.ema.refresh() == []
+    for name, tensor in pair.sharded.state_dict().items():
+        write(tensor, values[name])
+    pair.follow()
+    pair.update()
+    pair.check("refreshed")
+
+
+def test_a_manager_made_before_sharding(two):
+    two(made_before)
+
+
+def made_before():
+    plain = Net()
+    model = copy.deepcopy(plain)
+    ema, want = EMAManager(model, 0.25), EMAManager(plain, 0.25)
+    for one in (plain, model):
+        with torch.no_grad():
+            for p in one.parameters():
+                p.add_(1)
+    ema.update(), want.update()
+    by_parts(model)
+    for call in (ema.update, ema.swap, ema.reset, lambda: ema.load_state_dict(ema.state_dict())):
+        with pytest.raises(RuntimeError, match=r"'first\.weight' was replaced") as error:
+            call()
+        assert "refresh()" in str(error.value)
+        assert "sharded as" in str(error.value)
+    # The averages go on: each rank has them whole and takes its part.
+    assert ema.refresh() == []
+    assert_same(all_of(ema.named_emas()), all_of(want.named_emas()), "refreshed")
+    ema.update(), want.update()
+    assert_same(all_of(ema.named_emas()), all_of(want.named_emas()), "updated")
+
+
+def test_copied_into_another_model(two):
+    two(copied)
+
+
+def copied():
+    pair = Pair(by_parts)
+    pair.step()
+    pair.update()
+    other = by_parts(Net(seed=1))
+    pair.ema.copy_to(other)
+    pair.want.copy_to(pair.plain)
+    assert_same(all_of(other.state_dict()), all_of(pair.plain.state_dict()), "another")
+    other = by_parts(Net(seed=1))
+    pair.want.copy_to(other)
+    assert_same(all_of(other.state_dict()), all_of(pair.plain.state_dict()), "of a whole one")
+    target = Net(seed=1)
+    before = all_of(target.state_dict())
+    for model in (target, fully_shard(Net(seed=1), shard_placement_fn=by_columns)):
+        with pytest.raises(ValueError, match=r"'first\.weight' is sharded as") as error:
+            pair.ema.copy_to(model)
+        assert "reshards" in str(error.value)
+    assert_same(all_of(target.state_dict()), before, "nothing was written")
+
+
+def test_what_has_no_average(two):
+    two(refused)
+
+
+def refused():
+    mesh = meshed(2)
+    model = nn.Linear(4, 4)
+    model.weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    with pytest.raises(ValueError, match=r"'weight' is a DTensor with placements .*redistribute"):
+        EMAManager(model)
+    EMAManager(model, exclude="weight")
+    # A mask that is infinite on one rank is copied on all.
+    model = nn.Linear(4, 4)
+    mask = torch.zeros(4)
+    mask[3] = float("inf")
+    model.register_buffer("mask", distribute_tensor(mask, mesh, [Shard(0)]))
+    model.register_buffer("table", distribute_tensor(torch.ones(4), mesh, [Shard(0)]))
+    ema = EMAManager(model, buffers="average")
+    assert ema.describe()["mask"] == "copied: not finite when the manager was made"
+    assert ema.describe()["table"].startswith("averaged")
+
+
+def test_empty_parameters_of_zero3():
+    model = nn.Linear(4, 4)
+    for p in model.parameters():
+        p.ds_id, p.ds_shape = 0, p.shape
+        p.data = torch.empty(0)
+    with pytest.raises(ValueError, match="'weight' is partitioned by DeepSpeed ZeRO-3") as error:
+        EMAManager(model)
+    assert "fused_ema.Plan" in str(error.value)
+
+
+def test_without_torch_distributed():
+    code = """
+import sys, torch
+before = {name for name in sys.modules if name.startswith("torch.distributed")}
+import fused_ema
+model = torch.nn.Linear(2, 2)
+ema = fused_ema.EMAManager(model, 0.5)
+ema.update()
+with ema.swapped():
+    pass
+ema.load_state_dict(ema.state_dict())
+ema.copy_to(model)
+new = {name for name in sys.modules if name.startswith("torch.distributed")} - before
+assert not new, new
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
