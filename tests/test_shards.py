@@ -53,8 +53,7 @@ class Net(nn.Module):
 
 
 def meshed(*shape):
-    names = ("dp", "tp")[-len(shape) :] if len(shape) < 3 else None
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
 
 
 def by_parts(model, **more):
@@ -80,8 +79,6 @@ def mixed(model):
 
 def tensor_parallel(model, mesh=None):
     mesh = meshed(dist.get_world_size()) if mesh is None else mesh
-    plan = {"0": ColwiseParallel(use_local_output=False), "1": None, "2": RowwiseParallel()}
-    del plan["1"]
     parallelize_module(model.first, mesh, ColwiseParallel(output_layouts=Replicate()))
     parallelize_module(model.block[2], mesh, RowwiseParallel(input_layouts=Replicate()))
     return model
@@ -271,12 +268,11 @@ SETTINGS = [
 ]
 
 
-def courses(names, of):
-    of = SHARDED_4 if of is None else of
+def courses(names):
     for name in names:
         for settings in SETTINGS if name == "parts" else SETTINGS[:1]:
             try:
-                course(of[name], settings)
+                course((SHARDED | SHARDED_4)[name], settings)
             except BaseException as error:
                 error.add_note(f"sharded: {name}, {settings}")
                 raise
@@ -284,17 +280,13 @@ def courses(names, of):
 
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_as_whole(two, name):
-    two(run_course, name)
-
-
-def run_course(name):
-    courses([name], SHARDED)
+    two(courses, [name])
 
 
 def test_sharded_as_whole_on_four():
     ranks = Ranks(4)
     try:
-        ranks(courses, list(SHARDED_4), None)
+        ranks(courses, list(SHARDED_4))
     finally:
         ranks.stop()
 
@@ -431,7 +423,7 @@ def loaded_on_another_number_of_ranks(folder):
     for settings in ({}, {"dtype": torch.bfloat16}):
         path = f"{folder}/{len(settings)}"
         known = torch.load(f"{path}.pt")
-        for shard in (by_parts, both) if dist.get_world_size() == 4 else (by_parts,):
+        for shard in (by_parts, both):
             fresh = Pair(shard, **settings)
             dcp.load({"ema": fresh.ema}, checkpoint_id=path)
             assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded")
@@ -443,12 +435,11 @@ def loaded_on_another_number_of_ranks(folder):
 
 def test_saved_and_loaded(two, tmp_path):
     two(saved_and_loaded, str(tmp_path))
-    for world in (4,):
-        ranks = Ranks(world)
-        try:
-            ranks(loaded_on_another_number_of_ranks, str(tmp_path))
-        finally:
-            ranks.stop()
+    ranks = Ranks(4)
+    try:
+        ranks(loaded_on_another_number_of_ranks, str(tmp_path))
+    finally:
+        ranks.stop()
 
 
 def test_what_does_not_fit_is_one_error_on_every_rank(two):
