@@ -29,8 +29,8 @@ def checked(**options: Any) -> dict[str, Any]:
         TypeError: As EMAManager.
         ValueError: As EMAManager.
     """
-    if not (options["skip_buffers"] or options["copy_buffers"] or options["buffers"]):
+    if not any(options.get(name) for name in ("skip_buffers", "copy_buffers", "buffers")):
         options["buffers"] = "average"  # As these callbacks have always done.
-    _tracking.Buffers.parse(options["buffers"] or "auto")
+    _tracking.Buffers.parse(options.get("buffers") or "auto")
     EMAManager(_Smallest(), **{k: v for k, v in options.items() if k not in _OF_THE_MODEL})
     return options
