@@ -153,10 +153,14 @@ class Tracked:
         planned = [slot for slot in self.copied if slot.in_plan]
         if _native.C is None or not planned:
             return None
-        params = [slot.param for slot in planned]
-        return _native.C.Plan(
-            [slot.ema for slot in planned], params, [slot.name for slot in planned], True
-        )
+        emas, params = [slot.ema for slot in planned], [slot.param for slot in planned]
+        try:
+            return _native.C.Plan(emas, params, [slot.name for slot in planned], True)
+        except (TypeError, ValueError):  # Buffers that overlap, say: torch copies them.
+            for slot in planned:
+                slot.in_plan = False
+            self.loose_copied = self.copied
+            return None
 
     def update(self, momentum: float, form: Form) -> None:
         """Averages and copies: all of them, or none where an error is raised.
@@ -434,7 +438,9 @@ class Policy:
             for i, group in enumerate(groups)
         ]
         tracked = Tracked(tree, members, slots)
-        tracked.plan  # noqa: B018  (now, so that what can't be averaged is an error at once)
+        # Now, so that what can't be averaged is an error at once, and nothing is made at an exit.
+        tracked.plan  # noqa: B018
+        tracked._copies  # noqa: B018
         _storage.copy(made, [params[i] for i in new])
         return tracked
 
