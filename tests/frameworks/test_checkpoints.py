@@ -221,7 +221,7 @@ def test_a_manager_goes_on_from_mmdet(tmp_path):
     run_mmcv(tmp_path, Trained(torch.float32), config=CONFIG + EARLY)
     model = untied()
     found = state.read(tmp_path / "epoch_1.pth", model=model, prefix="net.")
-    settings = {"form": "mul_add", "ema_dtype": "param"}
+    settings = {"form": "mul_add", "ema_dtype": "param", "buffers": "average"}
     manager = EMAManager(model, M, **settings)
     model.load_state_dict(found.raw)
     state.load_into(manager, found)

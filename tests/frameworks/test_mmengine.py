@@ -245,8 +245,8 @@ class HalvingFused(HalvingOurs):
 @pytest.fixture
 def num_launches(monkeypatch):
     launches = []
-    kept = Plan.update
-    monkeypatch.setattr(Plan, "update", lambda *args: (launches.append(1), kept(*args))[1])
+    kept = Plan._update
+    monkeypatch.setattr(Plan, "_update", lambda *args: (launches.append(1), kept(*args))[1])
     return launches
 
 
