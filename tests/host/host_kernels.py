@@ -148,7 +148,7 @@ def expect(operation: Operation, ema: Sequence[Tensor], params: Sequence[Tensor]
             decayed = (e.float() * decay).to(e.dtype).double()
             e.copy_((alpha.double() * p.double() + decayed).float())
     else:
-        fused_ema.update_(ema, params, m, operation.form)
+        fused_ema.ops._update(ema, params, m, operation.form)
 
 
 def check(
