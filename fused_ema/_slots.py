@@ -156,11 +156,14 @@ class Tracked:
         emas, params = [slot.ema for slot in planned], [slot.param for slot in planned]
         try:
             return _native.C.Plan(emas, params, [slot.name for slot in planned], True)
-        except (TypeError, ValueError):  # Buffers that overlap, say: torch copies them.
-            for slot in planned:
-                slot.in_plan = False
-            self.loose_copied = self.copied
+        except (TypeError, ValueError):  # Buffers that overlap, say.
+            self._leave_copies_to_torch()
             return None
+
+    def _leave_copies_to_torch(self) -> None:
+        for slot in self.copied:
+            slot.in_plan = False
+        self.loose_copied = self.copied
 
     def update(self, momentum: float, form: Form) -> None:
         """Averages and copies: all of them, or none where an error is raised.
@@ -190,12 +193,9 @@ class Tracked:
             try:
                 copies.check()
             except (TypeError, ValueError):
-                # One was converted, say: torch copies it from now on.
-                planned = [slot for slot in self.copied if slot.in_plan]
-                self.check_geometry("update", planned)
-                for slot in planned:
-                    slot.in_plan = False
-                self.loose_copied = self.copied
+                # One was converted, say.
+                self.check_geometry("update", self.copied)
+                self._leave_copies_to_torch()
                 self._copies = copies = None
         return copies
 

@@ -216,7 +216,7 @@ def _check_tensors(
             continue
         problems += [f"missing in '{key}': '{n}'" for n in expected if n not in tensors]
         problems += [f"surplus in '{key}': '{n}'" for n in tensors if n not in expected]
-        sound = []
+        sound = set()
         for name, wanted in expected.items():
             if name not in tensors:
                 continue
@@ -230,14 +230,13 @@ def _check_tensors(
             if wrong:
                 problems.append(f"'{name}' in '{key}' {wrong}")
             else:
-                sound.append(name)
-        sound_names = set(sound)
+                sound.add(name)
         for names in tied:
             first, *others = names
             for name in others:
                 if expected[first].tensor.stride() != expected[name].tensor.stride():
                     continue  # One is a transposed view of the other; the first is what counts.
-                if {first, name} <= sound_names and not same_values(tensors[first], tensors[name]):
+                if {first, name} <= sound and not same_values(tensors[first], tensors[name]):
                     problems.append(
                         f"'{first}' and '{name}' differ in '{key}' but are one tensor in the model"
                     )

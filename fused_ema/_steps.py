@@ -75,9 +75,8 @@ def register(
 
 def _is_inside_another(step: FrameType, optimizer: object) -> bool:
     """Whether this call of torch's step wrapper is made by another one with the same hooks."""
-    hooks = vars(optimizer)[
-        "_optimizer_step_post_hooks"
-    ]  # Fabric's wrapper shares its optimizer's.
+    # By the hooks, not by the object: Fabric's wrapper shares those of its optimizer.
+    hooks = vars(optimizer)["_optimizer_step_post_hooks"]
     frame = step.f_back
     while frame is not None:
         if frame.f_code is step.f_code and frame.f_locals.get("args"):

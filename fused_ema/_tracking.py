@@ -6,7 +6,7 @@ and activation checkpointing put in front of them is left out, at any depth.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import chain, zip_longest
@@ -188,10 +188,7 @@ def read(model: nn.Module) -> Tree:
                 "names of wrappers are left out; rename one of the modules"
             )
 
-    # A stack, since a function that calls itself would be a cycle that holds every tensor.
-    left: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
-    while left:
-        module, prefix, above = left.pop()
+    for module, prefix in _walk(model):
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 add(prefix + key, parameter, is_buffer=False)
@@ -207,6 +204,18 @@ def read(model: nn.Module) -> Tree:
                 contents.append((own, held))
                 if is_buffers:
                     prefixes.setdefault(id(own), []).append(prefix)
+    return Tree(list(members.values()), contents, prefixes, units)
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Each module as often as it has names, with what stands before the names of its members.
+
+    A stack, since a function that calls itself would be a cycle that holds every tensor.
+    """
+    left: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
+    while left:
+        module, prefix, above = left.pop()
+        yield module, prefix
         above |= {id(module)}
         children = [
             (child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
@@ -214,7 +223,6 @@ def read(model: nn.Module) -> Tree:
             if child is not None and id(child) not in above
         ]
         left += reversed(children)
-    return Tree(list(members.values()), contents, prefixes, units)
 
 
 def refuse_fsdp1(title: str, model: nn.Module) -> None:
@@ -246,19 +254,11 @@ def _stands_for(module: nn.Module, key: str) -> bool:
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's modules by the names that read() gives their members, without a dot at the end."""
-    found: dict[str, nn.Module] = {}
-    left: list[tuple[nn.Module, str, frozenset[int]]] = [(model, "", frozenset())]
-    while left:
-        module, prefix, above = left.pop()
-        above |= {id(module)}
-        found[prefix.rstrip(".")] = module  # The wrapped one takes the place of its wrapper.
-        left += [
-            (child, prefix if _stands_for(module, key) else f"{prefix}{key}.", above)
-            for key, child in reversed(module._modules.items())
-            if child is not None and id(child) not in above
-        ]
-    return found
+    """A model's modules by the names that read() gives their members, without a dot at the end.
+
+    A wrapped module takes the place of its wrapper.
+    """
+    return {prefix.removesuffix("."): module for module, prefix in _walk(model)}
 
 
 _QUANTISING = frozenset({"torchao", "bitsandbytes"})

@@ -46,7 +46,8 @@ class EMAManager:
     The semantics are those of the EMA hooks of OpenMMLab's MMDetection 2.x: at the 0-based
     iteration i an update runs where ``(i + 1) % interval == 0``, with ``momentum_fun(i)`` or the
     constant momentum; only floating-point tensors are averaged; a swap exchanges every tracked
-    tensor. With ``form="mul_add"`` and ``ema_dtype="param"`` the bits are theirs as well.
+    tensor. With ``form="mul_add"``, ``ema_dtype="param"`` and ``buffers="average"`` the bits are
+    theirs as well.
 
     Each tensor is tracked once, however many names it has, so tied weights are averaged once and
     swapped right. Names are those of the model itself: what DistributedDataParallel, DataParallel,
@@ -182,7 +183,9 @@ class EMAManager:
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle]
         self._hooks = weakref.WeakKeyDictionary()
         self._checked: object = None
-        self._addresses: list[int] = []  # Of the params, from swap to swap.
+        # From a swap in to the swap out: where each param was. Its memory is held as well, or a
+        # conversion there and back could come to lie at the same address.
+        self._places: list[tuple[int, object]] = []
         self._tracked, self._frozen = self._track("")
 
     def _track(
@@ -305,9 +308,8 @@ class EMAManager:
     def _refuse_update(self, op: str) -> None:
         if self._is_swapped:
             raise RuntimeError(
-                f"{_TITLE}.{op}: the model holds the ema; "
-                + ("leave swapped() or call swap()" if self._in_context else "call swap()")
-                + " first, so that the raw weights are back"
+                f"{_TITLE}.{op}: the model holds the ema; {self._way_back()} first, so that the "
+                "raw weights are back"
             )
         self._refuse_if_another_is_swapped(op)
 
@@ -383,7 +385,7 @@ class EMAManager:
         param have one dtype (but for the time of a swap, a copy of each 8-bit or bool buffer): they
         are exchanged. Elsewhere the raw weights are set aside and the ema is rounded into the
         model, so that the ema itself loses nothing; what is written to such a param meanwhile is
-        dropped.
+        dropped, but to an averaged buffer, whose new statistics (``update_bn``) the ema takes.
 
         Raises:
             RuntimeError: The model is swapped already, or its parameters were replaced or added.
@@ -435,7 +437,7 @@ class EMAManager:
         except (TypeError, ValueError):
             tracked.check_pairs(op)
             raise
-        self._addresses = [_address(slot.param) for slot in slots]
+        self._places = [_place_of(slot.param) for slot in slots]
 
     def _swap_out(self, op: str) -> None:
         # An evaluation that was broken off leaves its parameters gathered.
@@ -449,9 +451,8 @@ class EMAManager:
             param, ema = slots[i].param.detach(), slots[i].ema
             writes.append(_Write(slots[i].param, raw, ema))
             is_statistic = slots[i].kind == "average" and slots[i].members[0].is_buffer
-            if (
-                is_statistic and slots[i].stage is None and self._addresses
-            ):  # Not of a loaded state.
+            # Not of a loaded state, beside which the model holds anything.
+            if is_statistic and slots[i].stage is None and self._places:
                 # Computed anew inside, as by update_bn, it belongs to the average.
                 is_same = (param == ema.to(param.dtype)) | (param.isnan() & ema.isnan())
                 writes[-1] = _Write(slots[i].param, raw, param.clone())
@@ -464,14 +465,14 @@ class EMAManager:
                 writes += [_Write(slot.param, raw, ema), _Write(slot.ema, ema, raw)]
         moved = [
             slot.name
-            for i, (slot, address) in enumerate(zip(slots, self._addresses, strict=False))
+            for i, (slot, (address, _)) in enumerate(zip(slots, self._places, strict=False))
             if i not in aside
             and not slot.members[0].is_buffer  # Which a model may assign anew at any time.
-            and _address(slot.param) != address
+            and _place_of(slot.param)[0] != address
             and not _is_wider(slot.param.dtype, slot.ema.dtype)
         ]
         self._exchange(False, aside, writes)
-        self._addresses = []
+        self._places = []
         if lost:
             warnings.warn(
                 f"{_TITLE}.{op}: {_tracking.shown(lost)} were replaced or removed while the model "
@@ -709,11 +710,11 @@ class EMAManager:
         Args:
             state_dict: What :meth:`state_dict` returned, on any device. A dtype that holds fewer
                 values than the saved one is an error; a wider one is filled exactly. Of a sharded
-                model, DTensors with the model's placements, or whole tensors on every rank.
+                model, DTensors with the model's placements, or whole tensors on every rank; ranks
+                that hold parts of one model call it together, and an error on one is an error on
+                all.
             strict: False lets names be missing, whose averages start as clones of what the model
                 holds now, or be in the state alone, which are dropped.
-
-        Ranks that hold parts of one model call it together: an error on one is an error on all.
 
         Returns:
             The names that were missing in the state, and the unexpected ones: two lists.
@@ -840,12 +841,13 @@ class EMAManager:
                 "average them from here on, or freeze them again"
             )
 
+    def _way_back(self) -> str:
+        return "leave swapped() or call swap()" if self._in_context else "call swap()"
+
     def _refuse_if_swapped(self, op: str) -> None:
         if self._is_swapped:
             raise RuntimeError(
-                f"{_TITLE}.{op}: the model is swapped already; "
-                + ("leave swapped() or call swap()" if self._in_context else "call swap()")
-                + " first"
+                f"{_TITLE}.{op}: the model is swapped already; {self._way_back()} first"
             )
         self._refuse_if_another_is_swapped(op)
 
@@ -858,13 +860,13 @@ class EMAManager:
                 self._checked = checked
 
     def _refuse_if_another_holds(self, op: str, named: Iterable[tuple[str, Tensor]]) -> None:
-        others = [reference() for reference in _swapped_managers.valuerefs()]
-        others = [other for other in others if other is not None and other is not self]
+        found = (reference() for reference in _swapped_managers.valuerefs())
+        others = [other for other in found if other is not None and other is not self]
         if not others:
             return
         names = {_tracking.memory_of(tensor): name for name, tensor in named}
         for other in others:
-            for slot in other._tracked.slots if other is not None else ():
+            for slot in other._tracked.slots:
                 name = names.get(_tracking.memory_of(slot.param))
                 if name is not None:
                     raise RuntimeError(
@@ -943,8 +945,11 @@ def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
     return dtype != than and torch.promote_types(dtype, than) == dtype
 
 
-def _address(tensor: Tensor) -> int:
-    return tensor.data_ptr() if has_plain_memory(tensor) else 0
+def _place_of(tensor: Tensor) -> tuple[int, object]:
+    """Its address, and what holds its memory; 0 and nothing of a wrapper."""
+    if not has_plain_memory(tensor):
+        return 0, None
+    return tensor.data_ptr(), tensor.untyped_storage()
 
 
 def _ema_in(state: object, name: str) -> object:

@@ -35,6 +35,13 @@ def two():
     ranks.stop()
 
 
+@pytest.fixture
+def four():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()
+
+
 class Net(nn.Module):
     """Uneven and empty shards for two ranks, a buffer, and a scale that stands by itself."""
 
@@ -283,12 +290,8 @@ def test_sharded_as_whole(two, name):
     two(courses, [name])
 
 
-def test_sharded_as_whole_on_four():
-    ranks = Ranks(4)
-    try:
-        ranks(courses, list(SHARDED_4))
-    finally:
-        ranks.stop()
+def test_sharded_as_whole_on_four(four):
+    four(courses, list(SHARDED_4))
 
 
 # ---- what no update, swap or copy does
@@ -433,13 +436,9 @@ def loaded_on_another_number_of_ranks(folder):
             assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded whole")
 
 
-def test_saved_and_loaded(two, tmp_path):
+def test_saved_and_loaded(two, four, tmp_path):
     two(saved_and_loaded, str(tmp_path))
-    ranks = Ranks(4)
-    try:
-        ranks(loaded_on_another_number_of_ranks, str(tmp_path))
-    finally:
-        ranks.stop()
+    four(loaded_on_another_number_of_ranks, str(tmp_path))
 
 
 def test_what_does_not_fit_is_one_error_on_every_rank(two):
