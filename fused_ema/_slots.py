@@ -22,6 +22,8 @@ Kind = Literal["average", "copy", "keep"]
 
 _DONE = {"average": "averaged", "copy": "copied", "keep": "kept as first cloned"}
 
+_TITLE = "fused_ema.EMAManager"
+
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -381,6 +383,12 @@ class Policy:
                 + ", ".join(f"torch.{name}" for name in known)
             )
 
+    def check(self, members: Sequence[Member]) -> None:
+        """Raises where a member can't be tracked."""
+        for member in members:
+            check_memory("", member)
+            self._kind_of(member)
+
     def track(
         self, tree: Tree, members: Sequence[Member], old: Mapping[str, Slot] | None = None
     ) -> Tracked:
@@ -388,12 +396,11 @@ class Policy:
 
         Args:
             tree: The model that was read.
-            members: The tracked ones.
-            old: Slots of before by name: what fits of their emas is kept as it is.
+            members: The tracked ones, which have been checked.
+            old: Slots of before by name: what fits of their emas is kept as it is. None for a new
+                manager, for which each rank makes one.
         """
-        old = {} if old is None else old
-        for member in members:
-            check_memory("", member)
+        is_new, old = old is None, {} if old is None else old
         groups = group_tied(members)
         params = [group[0].local for group in groups]
         before = [old.get(group[0].name) for group in groups]
@@ -405,13 +412,26 @@ class Policy:
         ]
         # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
         finite = _storage.are_finite([params[i] for i in judged])
-        finite = _shards.all_of([groups[i][0].tensor for i in judged], finite)
+        finite = _shards.all_of(_TITLE, [groups[i][0].tensor for i in judged], finite)
         for i, is_finite in zip(judged, finite, strict=True):
             if not is_finite:
                 decided[i] = "copy", "not finite when the manager was made"
         for i, slot in enumerate(before):
             if slot is not None and groups[i][0].is_buffer and decided[i][0] == "average":
                 decided[i] = slot.kind, slot.reason
+        told = [member.tensor for member in members] if is_new else []
+        with _shards.one_error(_TITLE, told):
+            return self._made(tree, members, groups, decided, before)
+
+    def _made(
+        self,
+        tree: Tree,
+        members: Sequence[Member],
+        groups: Sequence[Sequence[Member]],
+        decided: Sequence[tuple[Kind, str]],
+        before: Sequence[Slot | None],
+    ) -> Tracked:
+        params = [group[0].local for group in groups]
         kinds = [kind for kind, _ in decided]
         dtypes = [self._dtype_of(group[0], kind) for group, kind in zip(groups, kinds, strict=True)]
         devices = [self.device or param.device for param in params]
