@@ -85,6 +85,26 @@ def part_of(like: Tensor, given: Tensor) -> Tensor:
     return shard_of(distribute(given.detach(), mesh, placements, src_data_rank=None))
 
 
+def whole(tensor: Tensor, is_wanted: bool) -> Tensor | None:
+    """A copy of all of a tensor on the CPU, where it is wanted. Every rank gathers it."""
+    if is_dtensor(tensor):
+        shard, device = shard_of(tensor), cast(Any, tensor).device_mesh.device_type
+        if shard.device.type != device:  # Offloaded; a mesh communicates on its own device.
+            tensor = with_shard(tensor, shard.to(device))
+        tensor = cast(Any, tensor).full_tensor()
+    return tensor.detach().to("cpu", copy=True) if is_wanted else None
+
+
+def is_first(tensors: Sequence[Tensor]) -> bool:
+    """Whether this rank is the first of those that hold a part; of plain tensors, the first."""
+    meshes = {_mesh_of(tensor) for tensor in tensors} - {None}
+    if meshes:
+        return not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
+    distributed: Any = sys.modules.get("torch.distributed")
+    is_group = distributed is not None and distributed.is_available()
+    return not (is_group and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 def refusal(name: str, tensor: Tensor) -> str:
     """Why a tensor can't be averaged at all; empty where it can."""
     if is_dtensor(tensor):

@@ -730,6 +730,29 @@ class EMAManager:
         raw = tracked.by_name(copies[len(emas) :].__getitem__)
         return _state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
 
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state of a sharded model whole, on the first rank's CPU, for export.
+
+        Every rank calls it. One tensor after the other is gathered and dropped again, so that no
+        other rank holds more than one. What it returns saves with ``torch.save``, is read by
+        :func:`fused_ema.state.read`, and goes into the manager of a model that isn't sharded. For
+        checkpoints, :meth:`state_dict` and torch.distributed.checkpoint need no gather.
+
+        Returns:
+            As :meth:`state_dict`, copies on the CPU; an empty dictionary on all ranks but the first
+            of those that hold parts of the model.
+        """
+        tensors = [member.tensor for member in self._tracked.members]
+        with _shards.one_error(f"{_TITLE}.full_state_dict", tensors) as facts:
+            state = self.state_dict()
+            swapped = _shards.Fact(None, "the model", "swapped" if self._is_swapped else "itself")
+            facts += [swapped, *map(_fact, self._tracked.members)]
+        is_wanted = _shards.is_first(tensors)
+        for key in (_state.EMA_KEY, _state.RAW_KEY):
+            pairs = ((n, _shards.whole(t, is_wanted)) for n, t in state[key].items())
+            state[key] = {name: tensor for name, tensor in pairs if tensor is not None}
+        return state if is_wanted else {}
+
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True
     ) -> _state.IncompatibleKeys:
