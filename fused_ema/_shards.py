@@ -95,6 +95,19 @@ def whole(tensor: Tensor, is_wanted: bool) -> Tensor | None:
     return tensor.detach().to("cpu", copy=True) if is_wanted else None
 
 
+def offset_of(tensor: Tensor) -> tuple[int, ...]:
+    """Where in the whole tensor this rank's shard begins, a number a dimension; 0s of a plain one.
+
+    By it an element is the same one on whatever rank it is.
+    """
+    if not is_dtensor(tensor):
+        return (0,) * tensor.dim()
+    utils: Any = sys.modules["torch.distributed.tensor"]._utils
+    mesh, placements = _layout(tensor)
+    _, offset = utils.compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return tuple(offset)
+
+
 def is_first(tensors: Sequence[Tensor]) -> bool:
     """Whether this rank is the first of those that hold a part; of plain tensors, the first."""
     meshes = {_mesh_of(tensor) for tensor in tensors} - {None}

@@ -68,6 +68,11 @@ class Slot:
         """The model's tensor, as much of it as this rank holds."""
         return self.members[0].local
 
+    @cached_property
+    def offset(self) -> tuple[int, ...]:
+        """Where the param's shard begins in the whole tensor; 0s where it is the whole."""
+        return _shards.offset_of(self.members[0].tensor)
+
     @property
     def treatment(self) -> str:
         """What an update does with it, and why."""

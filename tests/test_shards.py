@@ -148,6 +148,32 @@ def by_parts_of_two(model):
     return fully_shard(model)
 
 
+@pytest.mark.parametrize("name", ["whole", "by columns", "HSDP", "TP"])
+def test_where_shards_begin(two, name):
+    two(shards_begin, [name])
+
+
+def test_where_shards_begin_on_four(four):
+    four(shards_begin, list(SHARDED_4))
+
+
+def shards_begin(names):
+    ways = SHARDED | SHARDED_4
+    ways["by columns"] = lambda model: fully_shard(model, shard_placement_fn=by_columns)
+    for name in names:
+        ema = EMAManager(ways[name](Net()))
+        sharded = [slot for slot in ema._tracked.slots if slot.param.shape != whole_of(slot).shape]
+        assert sharded
+        for slot in ema._tracked.slots:
+            block = zip(slot.offset, slot.param.shape, strict=True)
+            part = whole_of(slot)[tuple(slice(begin, begin + size) for begin, size in block)]
+            assert torch.equal(part, slot.param), (name, slot.name, slot.offset)
+
+
+def whole_of(slot):
+    return whole(slot.members[0].tensor)
+
+
 def test_one_launch_for_all_shards(two):
     two(one_launch)
 
