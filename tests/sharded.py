@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -94,6 +94,7 @@ SHARDED = {
     "HSDP": hybrid,
     "replicas": replicas,
     "mixed precision": mixed,
+    "offloaded": lambda model: by_parts(model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "TP": tensor_parallel,
     "from meta": from_meta,
 }
