@@ -70,7 +70,7 @@ def warn_of_swapped_conversions(where: str, stacklevel: int) -> None:
     if torch.__future__.get_swap_module_params_on_conversion():
         warnings.warn(
             f"fused_ema.{where}: torch.__future__.set_swap_module_params_on_conversion(True) is "
-            "set, so torch refuses model.to(), .half() and load_state_dict() (\"Couldn't swap\") "
+            'set, so torch refuses model.to(), .half() and load_state_dict() ("Couldn\'t swap") '
             "as long as something holds the tensors from C++, as this does; convert and load "
             "first, or keep the state, drop this, convert, make it anew and load the state",
             UserWarning,
