@@ -149,7 +149,7 @@ class Shards:
         self._dtensors = tuple({id(t): t for t in tensors if is_dtensor(t)}.values())
         self._shards = tuple(map(shard_of, self._dtensors))
         self._counted = _counted(self._dtensors)
-        # Where it is one, C reads it at its place: 500 DTensors at 3 us instead of 25.
+        # Where it is one, C reads it at its place: 500 DTensors in 2 us instead of 25.
         cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
         slot = getattr(cls, "_local_tensor", None)
         self._slot = slot if isinstance(slot, MemberDescriptorType) else None
