@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -49,11 +50,14 @@ class Slot:
     in_plan: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.in_plan = self.kind == "average" or (
-            self.kind == "copy"
-            and self.exchanges()
-            and self.ema.element_size() in (2, 4, 8)
-            and has_plain_memory(self.param)
+        self.in_plan = not self.is_inference_buffer() and (
+            self.kind == "average"
+            or (
+                self.kind == "copy"
+                and self.exchanges()
+                and self.ema.element_size() in (2, 4, 8)
+                and has_plain_memory(self.param)
+            )
         )
 
     @property
@@ -79,6 +83,10 @@ class Slot:
     def exchanges(self) -> bool:
         """Whether a swap can exchange the two in place without losing a bit."""
         return self.ema.dtype == self.param.dtype and self.stage is None
+
+    def is_inference_buffer(self) -> bool:
+        """Whether it was assigned anew in inference mode, outside of which nothing may write it."""
+        return self.members[0].is_buffer and self.param.is_inference()
 
     def part_of(self, values: Tensor) -> Tensor:
         """What of some values, whole or sharded as the param is, belongs to this rank."""
@@ -118,7 +126,7 @@ class Tracked:
         self.copied = [slot for slot in slots if slot.kind == "copy"]
         self.followed = [slot for slot in slots if slot.kind != "average"]
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
-        self.loose: list[Slot] = []
+        self.loose = [slot for slot in self.averaged if not slot.in_plan]
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
         self.shards = _shards.Shards([member.tensor for member in members])
@@ -131,6 +139,11 @@ class Tracked:
     def is_current_so_far(self) -> bool:
         """The same in every step; see Tree.is_current_so_far()."""
         return self.tree.is_current_so_far() and self.shards.are_current()
+
+    def writable(self) -> AbstractContextManager[object]:
+        """The mode in which all params can be written."""
+        is_inference = any(slot.is_inference_buffer() for slot in self.slots)
+        return torch.inference_mode() if is_inference else nullcontext()
 
     def note_write(self) -> None:
         """To be called after each write to params."""

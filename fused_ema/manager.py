@@ -435,7 +435,8 @@ class EMAManager:
             _Write(slots[i].param, slots[i].ema, raw) for i, raw in zip(others, room, strict=True)
         ]
         try:
-            self._exchange(True, dict(zip(others, room, strict=True)), writes)
+            with tracked.writable():
+                self._exchange(True, dict(zip(others, room, strict=True)), writes)
         except (TypeError, ValueError):
             tracked.check_pairs(op)
             raise
@@ -473,7 +474,8 @@ class EMAManager:
             and _place_of(slot.param)[0] != address
             and not _is_wider(slot.param.dtype, slot.ema.dtype)
         ]
-        self._exchange(False, aside, writes)
+        with tracked.writable():
+            self._exchange(False, aside, writes)
         self._places = []
         if lost:
             warnings.warn(

@@ -568,6 +568,51 @@ def test_a_buffer_assigned_anew_is_followed_without_making_all_anew(monkeypatch,
     assert torch.equal(getattr(owner, key), new)
 
 
+class Counting(nn.Module):
+    """Assigns buffers of several kinds anew in every forward, as in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("flags", torch.zeros(3, dtype=torch.bool))
+
+    def forward(self, x):
+        self.count, self.seen, self.flags = self.count + 1, self.seen + 0.5, ~self.flags
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("buffers", ["auto", "average"])
+def test_a_buffer_assigned_anew_in_inference_mode(buffers, mode):
+    model, x = Counting(), torch.ones(1, 2)
+    ema = EMAManager(model, 0.5, buffers=buffers)
+    with mode():
+        model(x)
+    ema.update()
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    emas = {name: tensor.clone() for name, tensor in ema.named_emas()}
+    assert emas["seen"].tolist() == [0.25 if buffers == "average" else 0.5] * 3
+    for _ in range(2):
+        with ema.swapped():
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(tensor, emas[name]), name
+            with mode():
+                model(x)
+        emas["count"] += 1
+        emas["seen"] += 0.5
+        emas["flags"].logical_not_()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, raw[name]), name
+        for name, tensor in ema.named_emas():
+            assert torch.equal(tensor, emas[name]), name
+    assert not torch.is_inference_mode_enabled()
+    ema.update()
+    weight = dict(ema.named_emas())["layer.weight"]
+    assert torch.equal(weight, emas["layer.weight"].lerp(model.layer.weight.detach(), 0.5))
+
+
 def test_a_model_laid_anew_keeps_its_kernels():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     ema = EMAManager(model, 0.5)
