@@ -404,7 +404,8 @@ class EMAManager:
                 try:
                     self._swap_out("swapped")
                 except (KeyboardInterrupt, SystemExit):
-                    self._swap_out("swapped")
+                    if self._is_swapped:  # It may come after the last write, too.
+                        self._swap_out("swapped")
                     raise
 
     def swap(self) -> None:

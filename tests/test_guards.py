@@ -397,6 +397,30 @@ def test_swap_leaves_a_context_that_nobody_can_leave():
     assert torch.equal(model.weight, raw)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ctrl_c_right_after_the_raw_weights_came_back(monkeypatch, dtype):
+    model = nn.Linear(4, 4, dtype=dtype)
+    ema = EMAManager(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(3)
+    ema.update()
+    raw, average = model.weight.detach().clone(), dict(ema.named_emas())["weight"].clone()
+    exchange, calls = ema._exchange, []
+
+    def interrupted(*args):
+        exchange(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ema, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt), ema.swapped():
+        pass
+    assert not ema.is_swapped
+    assert torch.equal(model.weight, raw)
+    assert torch.equal(dict(ema.named_emas())["weight"], average)
+
+
 def test_a_state_taken_inside_says_what_it_held():
     model, ema = averaged()
     raw = model.weight.detach().clone()

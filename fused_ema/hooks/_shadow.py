@@ -357,11 +357,14 @@ class _Swap:
 
     def out_of_params(self) -> None:
         try:
-            if self._is_in:
-                self._exchange()
+            self._take_out()
         except (KeyboardInterrupt, SystemExit):
-            self._exchange()
+            self._take_out()  # What was out already stays out.
             raise
+
+    def _take_out(self) -> None:
+        if self._is_in:
+            self._exchange()
         back = [(self._aliases[i], self.raw[i]) for i in self._aside]
         back += [
             (p.detach(), alias)
