@@ -155,8 +155,8 @@ class EMAManager:
         self._model = model
         self._momentum = _checks.momentum("EMAManager", momentum)
         if momentum_fun is None:
-            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=3)
-        _checks.warn_of_swapped_conversions("EMAManager", stacklevel=3)
+            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=2)
+        _checks.warn_of_swapped_conversions("EMAManager", stacklevel=2)
         self._momentum_fun = momentum_fun
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)

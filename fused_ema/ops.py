@@ -55,7 +55,7 @@ def update_(
         >>> ema
         [tensor([0.2500, 0.2500, 0.2500])]
     """
-    is_high = isinstance(momentum, float) and momentum > 0.5
+    is_high = isinstance(momentum, float) and 0.5 < momentum < 1
     if is_high and not torch.compiler.is_compiling() and not _warned:
         _warned.append(True)
         _checks.warn_of_decay("update_", float(momentum), stacklevel=2)

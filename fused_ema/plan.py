@@ -75,7 +75,7 @@ class Plan:
         Warns:
             UserWarning: Once, of a momentum above 0.5, which most often is a decay.
         """
-        if isinstance(momentum, float) and momentum > 0.5 and not self._has_warned:
+        if isinstance(momentum, float) and 0.5 < momentum < 1 and not self._has_warned:
             self._has_warned = True
             _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
         self._plan.update(momentum, form)

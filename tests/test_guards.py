@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import sys
 import warnings
 import weakref
 
@@ -337,8 +338,11 @@ def test_a_decay_instead_of_a_momentum():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"no decay=0\.999 here; pass momentum=0\.001"):
         EMAManager(model, decay=0.999)
-    with pytest.warns(UserWarning, match=r"keeps 0\.001 of the average; .* pass momentum=0\.001"):
+    says = r"keeps 0\.001 of the average; .* pass momentum=0\.001"
+    with pytest.warns(UserWarning, match=says) as found:
+        line = sys._getframe().f_lineno + 1
         EMAManager(model, 0.999)
+    assert [(warning.filename, warning.lineno) for warning in found] == [(__file__, line)]
 
 
 def test_plans_and_operations_warn_once(monkeypatch):
@@ -346,6 +350,9 @@ def test_plans_and_operations_warn_once(monkeypatch):
     ema, params = [torch.zeros(2)], [torch.ones(2)]
     plan = fused_ema.Plan(ema, params)
     for call in (plan.update, lambda m: fused_ema.update_(ema, params, m)):
+        call(1.0)  # A copy, which is no reason, and not the one warning either.
+        with pytest.raises(ValueError, match=r"momentum is 9\.0"):
+            call(9.0)
         with pytest.warns(UserWarning, match=r"momentum is 0\.9, .* pass momentum=0\.1") as found:
             call(0.9)
         assert [warning.filename for warning in found] == [__file__]
