@@ -217,6 +217,36 @@ def test_bad_form(backend):
             call()
 
 
+@pytest.mark.parametrize("form", [None, 1])
+def test_a_form_that_is_no_string(backend, form):
+    ema, params = [torch.zeros(500)] * 2, [f32(500)] * 2
+    for op, call in (
+        ("update_", lambda: fused_ema.update_(ema, params, 0.5, form)),
+        ("Plan.update", lambda: fused_ema.Plan(ema[:1], params[:1]).update(0.5, form)),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == f"fused_ema.{op}: form is '{form}'; choose 'lerp' or 'mul_add'"
+
+
+def test_names_that_are_no_strings(backend):
+    with pytest.raises(TypeError) as caught:
+        fused_ema.Plan([torch.zeros(500)], [f32(500)], [0])
+    assert str(caught.value) == "fused_ema.Plan: names[0] is a int; pass strings"
+
+
+@pytest.mark.parametrize("momentum", [True, False])
+def test_a_bool_is_no_momentum(backend, momentum):
+    ema, params = [torch.zeros(3)], [f32(3)]
+    for call in (
+        lambda: fused_ema.update_(ema, params, momentum),
+        lambda: fused_ema.Plan(ema, params).update(momentum),
+    ):
+        with pytest.raises(TypeError, match="momentum is a bool; pass a float"):
+            call()
+    assert not ema[0].any()
+
+
 def test_empty_lists_do_nothing(backend):
     fused_ema.update_([], [], 0.5)
     fused_ema.swap_([], ())
