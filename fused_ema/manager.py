@@ -166,7 +166,7 @@ class EMAManager:
         rules = _tracking.Buffers.parse("auto" if buffers is None else buffers)
         self._policy = _slots.Policy(
             ema_dtype,
-            None if device is None else torch.empty(0, device=device).device,
+            None if device is None else _checks.device("EMAManager", device),
             rules,
         )
         self._selection = _tracking.Selection(

@@ -345,6 +345,22 @@ def test_a_decay_instead_of_a_momentum():
     assert [(warning.filename, warning.lineno) for warning in found] == [(__file__, line)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"device": "nonsense"}, ValueError, "device is 'nonsense': "),
+        ({"device": 0.5}, ValueError, "device is 0.5: "),
+        ({"device": "meta"}, ValueError, "device is 'meta', which holds no values; choose"),
+        ({"exclude": None}, TypeError, "exclude is a NoneType; pass a pattern, or a list of them"),
+        ({"include": 5}, TypeError, "include is a int; pass a pattern, or a list of them"),
+    ],
+)
+def test_a_setting_of_another_kind(settings, error, says):
+    with pytest.raises(error) as caught:
+        EMAManager(nn.Linear(2, 2), **settings)
+    assert str(caught.value).startswith(f"fused_ema.EMAManager: {says}")
+
+
 def test_plans_and_operations_warn_once(monkeypatch):
     monkeypatch.setattr(ops, "_warned", [])
     ema, params = [torch.zeros(2)], [torch.ones(2)]
