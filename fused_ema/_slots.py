@@ -430,6 +430,8 @@ class Policy:
             i
             for i, (group, (kind, _)) in enumerate(zip(groups, decided, strict=True))
             if kind == "average" and group[0].is_buffer and before[i] is None
+            # Of float8 torch can't tell, and it is refused below.
+            and params[i].element_size() > 1
         ]
         # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
         finite = _storage.are_finite([params[i] for i in judged])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_ema import _checks, _shards, _slots, _state, _steps, _storage, _tracking
-from fused_ema._foreach import check_form, dtype_name, has_plain_memory
+from fused_ema._foreach import check_form, dtype_name, has_plain_memory, holds
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -929,7 +929,7 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
         return f"has shape {list(tensor.shape)} but its ema has {list(ema.shape)}"
     floats = ema.is_floating_point(), tensor.is_floating_point()
     if tensor.dtype != ema.dtype and not all(floats):
-        fits = not any(floats) and torch.promote_types(ema.dtype, tensor.dtype) == tensor.dtype
+        fits = not any(floats) and holds(tensor.dtype, ema.dtype)
         if not fits or torch.bool in (ema.dtype, tensor.dtype):
             return f"is {tensor.dtype} but its ema is {ema.dtype}"
     if problem := _shards.misfit(tensor, ema):
@@ -947,7 +947,7 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
 
 
 def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
-    return dtype != than and torch.promote_types(dtype, than) == dtype
+    return dtype != than and holds(dtype, than)
 
 
 def _place_of(tensor: Tensor) -> tuple[int, object]:

@@ -361,6 +361,28 @@ def test_a_setting_of_another_kind(settings, error, says):
     assert str(caught.value).startswith(f"fused_ema.EMAManager: {says}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_dtypes_that_torch_cannot_promote(dtype):
+    model = nn.Linear(2, 2)
+    ema = EMAManager(model)
+    state = ema.state_dict()
+    narrow = {name: tensor.to(dtype) for name, tensor in state["ema"].items()}
+    state["ema_dtypes"] = {name: str(dtype)[6:] for name in narrow}
+    with pytest.raises(ValueError, match=r"'weight' in 'ema' is float8_\w+ but is kept as float32"):
+        ema.load_state_dict({**state, "ema": narrow})
+    model.register_buffer("scale", torch.ones(2).to(dtype))
+    with pytest.raises(TypeError, match="'scale' is torch.float8_.* and its ema would be"):
+        EMAManager(model, buffers="average")
+
+
+def test_copy_to_an_unsigned_buffer():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.register_buffer("n", torch.ones(2, dtype=torch.int32))
+    other.register_buffer("n", torch.ones(2, dtype=torch.uint16))
+    with pytest.raises(ValueError, match=r"'n' is torch.uint16 but its ema is torch.int32"):
+        EMAManager(model).copy_to(other)
+
+
 def test_plans_and_operations_warn_once(monkeypatch):
     monkeypatch.setattr(ops, "_warned", [])
     ema, params = [torch.zeros(2)], [torch.ones(2)]
