@@ -683,6 +683,21 @@ def test_a_buffer_assigned_anew_in_inference_mode(buffers, mode):
     assert torch.equal(weight, emas["layer.weight"].lerp(model.layer.weight.detach(), 0.5))
 
 
+def test_a_buffer_that_is_a_conjugate_is_swapped():
+    model = nn.Linear(2, 2)
+    model.register_buffer("twiddle", torch.tensor([1 + 2j, 3 - 4j]).conj())
+    ema = EMAManager(model, 0.5)
+    with torch.no_grad():
+        model.twiddle.add_(1)
+    raw, average = model.twiddle.clone(), dict(ema.named_emas())["twiddle"].clone()
+    assert not torch.equal(raw, average)
+    with ema.swapped():
+        assert torch.equal(model.twiddle, average)
+        assert torch.equal(dict(ema.named_emas())["twiddle"], average)
+    assert torch.equal(model.twiddle, raw)
+    assert torch.equal(dict(ema.named_emas())["twiddle"], average)
+
+
 def test_a_model_laid_anew_keeps_its_kernels():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     ema = EMAManager(model, 0.5)
