@@ -184,7 +184,8 @@ class EMAManager:
         self._marks = _storage.make_marks()
         self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle]
         self._hooks = weakref.WeakKeyDictionary()
-        self._checked: object = None
+        # Weak: what was tracked before a refresh() must be able to go.
+        self._checked: tuple[int, weakref.ref[_slots.Tracked]] | None = None
         # From a swap in to the swap out: where each param was. Its memory is held as well, or a
         # conversion there and back could come to lie at the same address.
         self._places: list[tuple[int, object]] = []
@@ -859,7 +860,7 @@ class EMAManager:
     def _refuse_if_another_is_swapped(self, op: str) -> None:
         if _swapped_managers:
             # Asked again only where another set of managers is swapped, or other tensors tracked.
-            checked = (_swaps.count, self._tracked)
+            checked = (_swaps.count, weakref.ref(self._tracked))
             if self._checked != checked:
                 self._refuse_if_another_holds(op, ((s.name, s.param) for s in self._tracked.slots))
                 self._checked = checked

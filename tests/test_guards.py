@@ -584,11 +584,20 @@ def test_nothing_is_left_to_the_garbage_collector():
         ema.copy_to(model)
         ema.load_state_dict(ema.state_dict())
 
+    def refreshed(model, ema):
+        before = weakref.ref(model[0].weight), weakref.ref(ema._tracked.plan)
+        other = EMAManager(nn.Linear(2, 2))
+        with other.swapped():
+            ema.update()
+        model[0] = nn.Linear(2, 2)
+        ema.refresh()
+        assert [reference() is None for reference in before] == [True] * 2
+
     hooked(*made())  # The first optimizer imports more of torch, which leaves cycles of its own.
     gc.collect()
     gc.disable()
     try:
-        for do in (lambda model, ema: ema.update(), assigned, hooked, swapped, failed):
+        for do in (lambda model, ema: ema.update(), assigned, hooked, swapped, failed, refreshed):
             model, ema = made()
             do(model, ema)
             held = [model, ema, model[0].weight, model.queue, ema._tracked.plan]
