@@ -429,7 +429,9 @@ class Policy:
         judged = [
             i
             for i, (group, (kind, _)) in enumerate(zip(groups, decided, strict=True))
-            if kind == "average" and group[0].is_buffer and before[i] is None
+            if kind == "average"
+            and group[0].is_buffer
+            and before[i] is None
             # Of float8 torch can't tell, and it is refused below.
             and params[i].element_size() > 1
         ]

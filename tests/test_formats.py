@@ -191,6 +191,24 @@ def test_a_model_that_is_another():
 # ---- names
 
 
+@pytest.mark.parametrize("num_names", [20, 21, 3000])
+def test_errors_about_many_names_can_be_read(tmp_path, capsys, num_names):
+    names = [f"w{i}" for i in range(num_names)]
+    saved = {name: torch.zeros(1) for name in names}
+    saved = {"state_dict": saved, "state_dict_ema": saved}
+    with pytest.raises(FormatError, match="of another model") as error:
+        state.read(saved, ["other"])
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert lines[:20] == [f"'{name}' is not in the model" for name in names[:20]]
+    left = num_names - 20
+    assert lines[20:] == ([f"and {left:,} more"] if left else [])
+    torch.save(saved, tmp_path / "a.pth")
+    (tmp_path / "names.txt").write_text("other")
+    arguments = ["inspect", tmp_path / "a.pth", "--model-names", tmp_path / "names.txt"]
+    assert main(list(map(str, arguments))) == 2
+    assert capsys.readouterr().err.endswith(f"; and {num_names - 8} more\n")
+
+
 def test_names_are_the_models_own():
     model = a_model()
     raw, ema = both(model)

@@ -667,7 +667,8 @@ class FusedEMAHook(_EMAHook):  # type: ignore[misc]
             raise ValueError(
                 "fused_ema.FusedEMAHook: the average in the checkpoint isn't one of this model; "
                 "nothing was changed. Resume with the model and the ema_type it was saved with, or "
-                "load only its weights (load_from without resume):\n  " + "\n  ".join(problems)
+                "load only its weights (load_from without resume):\n  "
+                + "\n  ".join(_checks.listed(problems))
             )
         if differences:
             _print_log(
