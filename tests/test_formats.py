@@ -626,6 +626,20 @@ def test_positions_with_an_interval():
     assert plain.iteration == 0
 
 
+def test_an_iteration_to_go_on_from_is_a_whole_number():
+    manager = EMAManager(a_model(), 0.25)
+    found = state.read({"ema": manager.state_dict()})
+    for iteration in (-1, True, 2.0, "5"):
+        with pytest.raises(ValueError) as error:
+            state.load_into(manager, found, iteration=iteration)
+        assert str(error.value) == (
+            f"fused_ema.state.load_into: iteration is {iteration!r}; it must be a whole number "
+            "from 0"
+        )
+    state.load_into(manager, found, iteration=torch.tensor(5))
+    assert manager.iteration == 5
+
+
 def test_what_doesnt_fit_changes_nothing():
     model = a_model()
     _, ema = both(model)
