@@ -224,7 +224,7 @@ def test_a_form_that_is_no_string(backend, form):
         ("update_", lambda: fused_ema.update_(ema, params, 0.5, form)),
         ("Plan.update", lambda: fused_ema.Plan(ema[:1], params[:1]).update(0.5, form)),
     ):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match="form is") as caught:
             call()
         assert str(caught.value) == f"fused_ema.{op}: form is '{form}'; choose 'lerp' or 'mul_add'"
 

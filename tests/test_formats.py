@@ -630,7 +630,7 @@ def test_an_iteration_to_go_on_from_is_a_whole_number():
     manager = EMAManager(a_model(), 0.25)
     found = state.read({"ema": manager.state_dict()})
     for iteration in (-1, True, 2.0, "5"):
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="iteration is") as error:
             state.load_into(manager, found, iteration=iteration)
         assert str(error.value) == (
             f"fused_ema.state.load_into: iteration is {iteration!r}; it must be a whole number "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import io
+import linecache
 import pickle
-import sys
 import warnings
 import weakref
 
@@ -340,9 +340,11 @@ def test_a_decay_instead_of_a_momentum():
         EMAManager(model, decay=0.999)
     says = r"keeps 0\.001 of the average; .* pass momentum=0\.001"
     with pytest.warns(UserWarning, match=says) as found:
-        line = sys._getframe().f_lineno + 1
         EMAManager(model, 0.999)
-    assert [(warning.filename, warning.lineno) for warning in found] == [(__file__, line)]
+    # The line that made the manager, not the one that called this function.
+    assert [linecache.getline(w.filename, w.lineno).strip() for w in found] == [
+        "EMAManager(model, 0.999)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +373,7 @@ def test_dtypes_that_torch_cannot_promote(dtype):
     with pytest.raises(ValueError, match=r"'weight' in 'ema' is float8_\w+ but is kept as float32"):
         ema.load_state_dict({**state, "ema": narrow})
     model.register_buffer("scale", torch.ones(2).to(dtype))
-    with pytest.raises(TypeError, match="'scale' is torch.float8_.* and its ema would be"):
+    with pytest.raises(TypeError, match=r"'scale' is torch\.float8_\w+ and its ema would be"):
         EMAManager(model, buffers="average")
 
 
@@ -389,7 +391,7 @@ def test_plans_and_operations_warn_once(monkeypatch):
     plan = fused_ema.Plan(ema, params)
     for call in (plan.update, lambda m: fused_ema.update_(ema, params, m)):
         call(1.0)  # A copy, which is no reason, and not the one warning either.
-        with pytest.raises(ValueError, match=r"momentum is 9\.0"):
+        with pytest.raises(ValueError, match=r"momentum is 9\b"):
             call(9.0)
         with pytest.warns(UserWarning, match=r"momentum is 0\.9, .* pass momentum=0\.1") as found:
             call(0.9)
