@@ -21,14 +21,6 @@ def number(where: str, name: str, value: float) -> float:
     return float(value)
 
 
-def no_bool(where: str, momentum: object) -> None:
-    """TypeError for a bool, which would be taken for 0 or 1."""
-    if isinstance(momentum, bool):
-        raise TypeError(
-            f"fused_ema.{where}: momentum is a bool; pass a float, or a 0-dim torch.float64 tensor"
-        )
-
-
 def fraction(where: str, name: str, value: float) -> float:
     """A momentum in [0, 1]."""
     checked = number(where, name, value)

@@ -81,9 +81,7 @@ class Plan:
         Warns:
             UserWarning: Once, of a momentum above 0.5, which most often is a decay.
         """
-        if not isinstance(momentum, float):
-            _checks.no_bool("Plan.update", momentum)
-        elif 0.5 < momentum < 1 and not self._has_warned:
+        if isinstance(momentum, float) and 0.5 < momentum < 1 and not self._has_warned:
             self._has_warned = True
             _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
         self._update(momentum, form)

@@ -235,18 +235,6 @@ def test_names_that_are_no_strings(backend):
     assert str(caught.value) == "fused_ema.Plan: names[0] is a int; pass strings"
 
 
-@pytest.mark.parametrize("momentum", [True, False])
-def test_a_bool_is_no_momentum(backend, momentum):
-    ema, params = [torch.zeros(3)], [f32(3)]
-    for call in (
-        lambda: fused_ema.update_(ema, params, momentum),
-        lambda: fused_ema.Plan(ema, params).update(momentum),
-    ):
-        with pytest.raises(TypeError, match="momentum is a bool; pass a float"):
-            call()
-    assert not ema[0].any()
-
-
 def test_empty_lists_do_nothing(backend):
     fused_ema.update_([], [], 0.5)
     fused_ema.swap_([], ())
