@@ -626,6 +626,26 @@ def test_positions_with_an_interval():
     assert plain.iteration == 0
 
 
+@pytest.mark.parametrize("kept", ["[1", "5", '{"w": 1}', "[1]", "[" * 100_000])
+def test_a_header_that_does_not_say_what_is_averaged(tmp_path, kept):
+    metadata = {"fused_ema.slot": "ema", "fused_ema.averaged": kept}
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        _safetensors.write_file(file, {"w": torch.ones(2)}, metadata)
+    with pytest.raises(FormatError, match=r"x.safetensors' doesn't say which tensors are averaged"):
+        state.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("given", ["nan", "1.5", "-0.1", "x"])
+def test_a_header_with_counters_that_are_none(tmp_path, given):
+    metadata = {"slot": "ema", "momentum": given, "iteration": "9" * 5000, "epoch": "3"}
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        _safetensors.write_file(
+            file, {"w": torch.ones(2)}, {f"fused_ema.{k}": v for k, v in metadata.items()}
+        )
+    found = state.read(tmp_path / "x.safetensors")
+    assert (found.momentum, found.iteration, found.epoch) == (None, None, 3)
+
+
 def test_an_iteration_to_go_on_from_is_a_whole_number():
     manager = EMAManager(a_model(), 0.25)
     found = state.read({"ema": manager.state_dict()})
