@@ -618,14 +618,14 @@ class EMAManager:
                     "back first"
                 )
         self._refuse_if_another_holds("copy_to", ((m.name, m.local) for g in tied for m in g))
+        for module, values in carried:  # First, since it may raise, which a copy doesn't any more.
+            module.set_extra_state(values)
         _storage.copy(
             [group[0].local for group in tied],
             [_shards.part_of(group[0].tensor, emas[group[0].name]) for group in tied],
         )
         _shards.Shards([group[0].tensor for group in tied]).note_write()
         tree.units.note_write()
-        for module, values in carried:
-            module.set_extra_state(values)
 
     # ---- when the model has changed
 

@@ -861,6 +861,19 @@ def test_extra_state_goes_with_the_average():
     assert model[0].scale == 3.0
 
 
+def test_extra_state_that_is_not_taken_leaves_the_weights(monkeypatch):
+    model, other = nn.Sequential(Scaled(2, 2)), nn.Sequential(Scaled(2, 2))
+    before = other[0].weight.detach().clone()
+
+    def refuse(self, state):
+        raise RuntimeError("no scale")
+
+    monkeypatch.setattr(Scaled, "set_extra_state", refuse)
+    with pytest.raises(RuntimeError, match="no scale"):
+        EMAManager(model, 0.5).copy_to(other)
+    assert torch.equal(other[0].weight, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_computed_inside_belong_to_the_average(dtype):
     torch.manual_seed(0)
