@@ -65,19 +65,6 @@ def warn_of_decay(where: str, momentum: float, stacklevel: int) -> None:
         )
 
 
-def warn_of_swapped_conversions(where: str, stacklevel: int) -> None:
-    """Warns where torch converts modules by swapping tensors, which nobody else may hold then."""
-    if torch.__future__.get_swap_module_params_on_conversion():
-        warnings.warn(
-            f"fused_ema.{where}: torch.__future__.set_swap_module_params_on_conversion(True) is "
-            'set, so torch refuses model.to(), .half() and load_state_dict() ("Couldn\'t swap") '
-            "as long as something holds the tensors from C++, as this does; convert and load "
-            "first, or keep the state, drop this, convert, make it anew and load the state",
-            UserWarning,
-            stacklevel=stacklevel + 1,
-        )
-
-
 def positive(where: str, name: str, value: float) -> float:
     """A finite number above 0."""
     checked = number(where, name, value)
