@@ -149,7 +149,10 @@ class Helpers {
     pthread_sigmask(SIG_SETMASK, &all, &before);
     bool has_started = true;
     try {
-      std::thread([this, &seat] { serve(seat.job); }).detach();
+      std::thread([this, &seat] {
+        pthread_setname_np(pthread_self(), "fused_ema");
+        serve(seat.job);
+      }).detach();
     } catch (const std::exception&) {
       has_started = false;
     }
@@ -263,11 +266,11 @@ class Pool {
   static constexpr int64_t kShortPause = 2 * kMillisecond;  // GNU's threads spin for 5 to 10 ms
   // Waking the pool takes some 10 ms once, so not before as much would have been won by it.
   static constexpr int64_t kWorthWaking = 5 * kMillisecond;
-  // Waits for threads that have no core may take a twentieth of the time, so that neither a median
-  // nor a p90 tells of them. What is saved up is for the first ten or so, until the system has
+  // Waits for threads that have no core may take one part in so many of the time, so that neither a
+  // median nor a p90 tells of them. What is saved up is for the first few, until the system has
   // given each thread a core.
-  static constexpr int64_t kShare = 20;
-  static constexpr int64_t kCredit = 40 * kMillisecond;
+  static constexpr int64_t kShare = 40;
+  static constexpr int64_t kCredit = 20 * kMillisecond;
   // They fall asleep together, so a few tell of all.
   static constexpr int kWatched = 4;
 

@@ -9,6 +9,7 @@
 namespace at {
 
 inline int get_num_threads() { return 4; }
+inline bool in_parallel_region() { return false; }
 
 template <typename F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain_size, const F& f) {
