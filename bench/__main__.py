@@ -124,7 +124,7 @@ def plan_jobs(
     """
     chosen = case_names or cases.names()
     if ops or pairs or pauses_ms or loads:
-        kinds = product(pairs or ["float32/float32"], chosen, ops or ["update"])
+        kinds = product(pairs or ["float32/float32"], chosen, ops or OPS[:1])
         whens = list(product(pauses_ms or [0.0], loads or ["none"]))
         return [Job(case, pair, op, *when) for pair, case, op in kinds for when in whens]
     jobs = [
