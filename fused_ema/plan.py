@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_ema import _caches, _checks, _foreach, _native
+from fused_ema import _caches, _checks, _foreach, _native, _shards
 from fused_ema.ops import Form
 
 
@@ -52,6 +52,10 @@ class Plan:
         names: Sequence[str] | None = None,
     ) -> None:
         self._plan: Any
+        self._names = names
+        # Which may be empty at any call.
+        self._zero3 = [*_shards.zero3_of(ema), *_shards.zero3_of(params)]
+        self._refuse_partitioned("")
         if _native.C is not None:
             self._plan = _native.C.Plan(ema, params, [] if names is None else list(names))
         else:
@@ -78,25 +82,42 @@ class Plan:
         if isinstance(momentum, float) and momentum > 0.5 and not self._has_warned:
             self._has_warned = True
             _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
+        if self._zero3:
+            self._refuse_partitioned(".update")
         self._plan.update(momentum, form)
 
     def _update(self, momentum: float | Tensor, form: Form) -> None:
         """The same without a warning: of a schedule's momentum."""
+        if self._zero3:
+            self._refuse_partitioned(".update")
         self._plan.update(momentum, form)
 
     def swap(self) -> None:
         """Exchanges every ema with its param, as :func:`fused_ema.swap_` does."""
+        if self._zero3:
+            self._refuse_partitioned(".swap")
         self._plan.swap()
         _caches.drop()
 
     def copy_to_ema(self) -> None:
         """Copies every param into its ema."""
+        if self._zero3:
+            self._refuse_partitioned(".copy_to_ema")
         self._plan.copy_to_ema()
 
     def copy_to_params(self) -> None:
         """Copies every ema into its param."""
+        if self._zero3:
+            self._refuse_partitioned(".copy_to_params")
         self._plan.copy_to_params()
         _caches.drop()
+
+    def _refuse_partitioned(self, op: str) -> None:
+        """Raises where ZeRO-3 has a tensor empty: two such would pass for a pair of empty ones."""
+        for i, tensor in self._zero3:
+            if _shards.is_partitioned(tensor):
+                name = f"tensor {i}" if not self._names else self._names[i]
+                raise ValueError(f"fused_ema.Plan{op}: {_shards.refusal(name, tensor)}")
 
     def describe(self) -> list[dict[str, Any]]:
         """Who serves what: one entry per device and dtype pair.

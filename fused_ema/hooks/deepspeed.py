@@ -163,6 +163,15 @@ class EngineEMA:
             "save_checkpoint(), and make another for the other engine"
         )
 
+    def reset(self) -> None:
+        """Starts anew: every average a clone of its master, no step seen.
+
+        Raises:
+            RuntimeError: It is swapped.
+        """
+        self._refuse_if_swapped("reset")
+        self._manager.reset()
+
     def remove(self) -> None:
         """Ends the updates: the engine is as it was before.
 
@@ -453,6 +462,14 @@ class EngineEMA:
             problem = str(error)
         self._raise_on_all("load_checkpoint", problem)
         self.load_state_dict(states)
+
+    @staticmethod
+    def is_saved_in(load_dir: str | os.PathLike[str], tag: object = None) -> bool:
+        """Whether there are files of averages, complete or not, below a checkpoint's folder."""
+        below = "*" if tag is None else glob.escape(str(tag))
+        return bool(
+            glob.glob(_path(os.path.join(glob.escape(os.fspath(load_dir)), below), "*", "*"))
+        )
 
     def _is_enough(self, states: Sequence[Any]) -> bool:
         """Whether each part that this rank holds is in one of the states as it is."""
