@@ -12,17 +12,23 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer  # Slow, and imported by the first engine.
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, GradientState
 from deepspeed.utils import safe_get_full_fp32_param
 from nets import assert_same
 from ranks import Ranks
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils.data import DataLoader
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 import fused_ema
 from fused_ema import EMAManager, schedules
 from fused_ema.hooks.deepspeed import EngineEMA
+from fused_ema.hooks.transformers import EMACallback
 from fused_ema.testing import assert_bits_equal
 
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -138,7 +144,7 @@ def masters_of(engine):
 
 
 class Mirror(nn.Module):
-    """The masters as a plain module's parameters, with the engine's buffers: to average as usual."""
+    """The masters as a plain module's parameters, and the engine's buffers: averaged as usual."""
 
     def __init__(self, engine):
         super().__init__()
@@ -213,6 +219,7 @@ class _OnRanks:
 
         rank, world = dist.get_rank(), dist.get_world_size()
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Asked for, not used.
         get_accelerator().is_fp16_supported = lambda: True  # Torch's CPU kernels do it.
         get_accelerator().supported_dtypes = lambda: [torch.float32, torch.half, torch.bfloat16]
         globals()[self.name](*args)
@@ -324,7 +331,7 @@ def _counts_real_steps(stage, dtype):
     for number in range(48):
         skipped, steps = engine.skipped_steps, engine.global_steps
         # More than fp16 holds, in every fourth step.
-        train(engine, number, times=1e5 if dtype == "fp16" and number % 8 == 1 else 1)
+        train(engine, number, times=1e9 if dtype == "fp16" and number % 8 == 1 else 1)
         if engine.global_steps > steps and engine.skipped_steps == skipped:
             mirror.follow()
             plain.update()
@@ -425,7 +432,7 @@ def _saves_again(folder):
 def _finds_incomplete_files(folder):
     ema = EngineEMA(engine_of(3))
     for tag, message in (("last", "rank_1_of_2.pt'] are missing"), ("none", "has no average")):
-        with pytest.raises(ValueError, match="EngineEMA.load_checkpoint") as error:
+        with pytest.raises(ValueError, match=r"EngineEMA\.load_checkpoint") as error:
             ema.load_checkpoint(folder, tag)
         assert message in str(error.value)
 
@@ -528,7 +535,10 @@ def test_what_is_no_engine_or_none_that_is_served_is_refused(one):
 
 class _Twin:
     optimizer = None
-    was_step_applied = lambda self: True
+
+    def was_step_applied(self):
+        return True
+
     step, destroy = lambda self: "step", lambda self: "destroy"
     save_checkpoint, load_checkpoint = (
         lambda self: "save_checkpoint",
@@ -613,11 +623,13 @@ def test_partitioned_parameters_are_known_everywhere(one):
 # ---- accelerate and Trainer
 
 
-def _serves_accelerate(stage):
-    from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.state import AcceleratorState, GradientState
-    from torch.utils.data import DataLoader
+def _forget_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
+
+def _serves_accelerate(stage):
+    _forget_accelerate()
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -626,35 +638,30 @@ def _serves_accelerate(stage):
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    try:
-        accelerator = Accelerator(
-            gradient_accumulation_steps=2, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)
-        )
-        net = Net()
-        params = [param for param in net.parameters() if param.requires_grad]
-        optimizer = torch.optim.SGD([{"params": [param]} for param in params], lr=0.1)
-        torch.manual_seed(dist.get_rank())
-        loader = DataLoader(torch.randn(32, 7), batch_size=2)
-        engine, optimizer, loader = accelerator.prepare(net, optimizer, loader)
-        ema = EngineEMA(engine, momentum=0.25)
-        mirror = Mirror(engine)
-        plain = EMAManager(mirror, momentum=0.25)
-        for x in loader:
-            with accelerator.accumulate(engine):
-                accelerator.backward(engine(x).square().mean())
-                optimizer.step()
-                optimizer.zero_grad()
-            if accelerator.sync_gradients:
-                mirror.follow()
-                plain.update()
-        assert ema.num_updates == plain.num_updates == 4
-        found = ema.full_state_dict()
-        if dist.get_rank() == 0:
-            assert_bits(found, averages_of(plain))
-    finally:
-        del os.environ["ACCELERATE_USE_DEEPSPEED"]
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=2, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config)
+    )
+    net = Net()
+    params = [param for param in net.parameters() if param.requires_grad]
+    optimizer = torch.optim.SGD([{"params": [param]} for param in params], lr=0.1)
+    torch.manual_seed(dist.get_rank())
+    loader = DataLoader(torch.randn(32, 7), batch_size=2)
+    engine, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    ema = EngineEMA(engine, momentum=0.25)
+    mirror = Mirror(engine)
+    plain = EMAManager(mirror, momentum=0.25)
+    for x in loader:
+        with accelerator.accumulate(engine):
+            accelerator.backward(engine(x).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            mirror.follow()
+            plain.update()
+    assert ema.num_updates == plain.num_updates == len(loader) // 2
+    found = ema.full_state_dict()
+    if dist.get_rank() == 0:
+        assert_bits(found, averages_of(plain))
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
@@ -663,9 +670,7 @@ def test_accelerate_steps_inside_of_its_backward(two, stage):
 
 
 def _serves_the_trainer(stage, folder):
-    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
-
-    from fused_ema.hooks.transformers import EMACallback
+    _forget_accelerate()
 
     class Model(PreTrainedModel):
         _tied_weights_keys = {"net.tied.weight": "net.last.weight"}  # noqa: RUF012
@@ -680,7 +685,7 @@ def _serves_the_trainer(stage, folder):
             pass
 
         def forward(self, x, labels=None):
-            out = self.net(x)
+            out = self.net.eval()(x)  # Or each rank would have other buffers.
             return {"loss": out.square().mean() + labels.sum() * 0, "logits": out}
 
     def data(first):
@@ -728,8 +733,9 @@ def _serves_the_trainer(stage, folder):
     assert [entry for entry in trainer.state.log_history if "eval_loss" in entry][1] != found
     assert_same(masters_of(trainer.model_wrapped), raw)
     if dist.get_rank() == 0:
-        deployed = Model.from_pretrained(f"{folder}/deployed")
-        assert_same(deployed.state_dict(), averages | {})
+        deployed = safetensors.torch.load_file(f"{folder}/deployed/model.safetensors")
+        assert {*averages} - {*deployed} == {"net.tied.weight"}
+        assert_bits(averages, deployed)
     dist.barrier()
     # Resumed.
     again, resumed = trainer_of(seed=3)
