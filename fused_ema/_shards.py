@@ -112,14 +112,16 @@ def is_partitioned(tensor: Tensor) -> bool:
     return tensor.numel() == 0 and is_zero3(tensor) and 0 not in cast(Any, tensor).ds_shape
 
 
-def zero3_of(tensors: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-    """Those of a list that ZeRO-3 partitions, with their indices; asks only where there can be any.
+def zero3_of(lists: Sequence[Sequence[Tensor]]) -> list[tuple[int, Tensor]]:
+    """Those of some lists that ZeRO-3 partitions, with their indices.
 
-    Plain attributes tell them, and to look for one that isn't there is slow.
+    Plain attributes tell them, and to look for one that isn't there is slow: asks only where there
+    can be any.
     """
-    if "deepspeed" not in sys.modules or not isinstance(tensors, (list, tuple)):
+    if "deepspeed" not in sys.modules:
         return []
-    return [(i, tensor) for i, tensor in enumerate(tensors) if is_zero3(tensor)]
+    listed = [tensors for tensors in lists if isinstance(tensors, (list, tuple))]
+    return [(i, t) for tensors in listed for i, t in enumerate(tensors) if is_zero3(t)]
 
 
 class Shards:

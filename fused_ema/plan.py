@@ -53,8 +53,9 @@ class Plan:
     ) -> None:
         self._plan: Any
         self._names = names
+        self._lists = (ema, params)
         # Which may be empty at any call.
-        self._zero3 = [*_shards.zero3_of(ema), *_shards.zero3_of(params)]
+        self._zero3 = _shards.zero3_of(self._lists)
         self._refuse_partitioned("")
         if _native.C is not None:
             self._plan = _native.C.Plan(ema, params, [] if names is None else list(names))
@@ -82,35 +83,36 @@ class Plan:
         if isinstance(momentum, float) and momentum > 0.5 and not self._has_warned:
             self._has_warned = True
             _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
-        if self._zero3:
-            self._refuse_partitioned(".update")
-        self._plan.update(momentum, form)
+        self._run("update", momentum, form)
 
     def _update(self, momentum: float | Tensor, form: Form) -> None:
         """The same without a warning: of a schedule's momentum."""
-        if self._zero3:
-            self._refuse_partitioned(".update")
-        self._plan.update(momentum, form)
+        self._run("update", momentum, form)
 
     def swap(self) -> None:
         """Exchanges every ema with its param, as :func:`fused_ema.swap_` does."""
-        if self._zero3:
-            self._refuse_partitioned(".swap")
-        self._plan.swap()
+        self._run("swap")
         _caches.drop()
 
     def copy_to_ema(self) -> None:
         """Copies every param into its ema."""
-        if self._zero3:
-            self._refuse_partitioned(".copy_to_ema")
-        self._plan.copy_to_ema()
+        self._run("copy_to_ema")
 
     def copy_to_params(self) -> None:
         """Copies every ema into its param."""
-        if self._zero3:
-            self._refuse_partitioned(".copy_to_params")
-        self._plan.copy_to_params()
+        self._run("copy_to_params")
         _caches.drop()
+
+    def _run(self, op: str, *args: Any) -> None:
+        if self._zero3:
+            self._refuse_partitioned(f".{op}")
+        try:
+            getattr(self._plan, op)(*args)
+        except (TypeError, ValueError):
+            # deepspeed.initialize() may have partitioned them since.
+            self._zero3 = _shards.zero3_of(self._lists)
+            self._refuse_partitioned(f".{op}")
+            raise
 
     def _refuse_partitioned(self, op: str) -> None:
         """Raises where ZeRO-3 has a tensor empty: two such would pass for a pair of empty ones."""
