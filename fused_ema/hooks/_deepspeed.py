@@ -65,24 +65,24 @@ class Whole:
     def __init__(self, engine: Any, groups: Sequence[Sequence[Tensor]], one_a_param: bool) -> None:
         self._optimizer = engine.optimizer
         self._groups = groups
-        self._one_a_param = one_a_param
+        self.one_a_param = one_a_param
 
     def masters(self) -> list[Tensor]:
         """In an order that doesn't change; the tensors may."""
-        if not self._one_a_param:
+        if not self.one_a_param:
             return list(self._optimizer.fp32_groups_flat)
         groups = getattr(self._optimizer, "fp32_groups", self._groups)
         return [master for group in groups for master in group]
 
     def weights(self) -> list[Tensor]:
         """What the forward reads, or is gathered from: one for each master, of its shape."""
-        if not self._one_a_param:
+        if not self.one_a_param:
             return list(self._optimizer.fp16_groups_flat)
         return [param for group in self._groups for param in group]
 
     def pieces(self) -> Iterator[tuple[Tensor, Piece]]:
         """Each trained parameter of which this rank's masters hold something, with what."""
-        if self._one_a_param:
+        if self.one_a_param:
             for i, param in enumerate(self.weights()):
                 yield param, Piece(i, 0, 0, param.numel())
             return

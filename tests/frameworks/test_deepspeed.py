@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
-from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime import bf16_optimizer, torch_autocast
 from deepspeed.utils import safe_get_full_fp32_param
 from nets import assert_same
 from ranks import Ranks
@@ -98,6 +98,7 @@ def in_dtype(model, dtype):
 
 
 def engine_of(stage=0, dtype="fp32", groups=1, acc=None, zero=(), steps=1, model=None, **config):
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # As in a process of its own.
     model = Net() if model is None else model
     trained = [param for param in model.parameters() if param.requires_grad]
     cut = len(trained) if groups == 1 else 2
@@ -543,9 +544,22 @@ def _refuses_engines():
         with pytest.raises(error, match=message):
             EngineEMA(engine, **options)
     assert "step" not in vars(engine)
-    engine.has_moe_layers = True
-    with pytest.raises(ValueError, match="experts"):
+    for name, value, message in (
+        ("has_moe_layers", True, "experts"),
+        ("mp_world_size", 2, "tensor parallel"),
+        ("pipeline_parallelism", True, "a pipeline"),
+    ):
+        kept = getattr(engine, name)
+        setattr(engine, name, value)
+        with pytest.raises(ValueError, match=message):
+            EngineEMA(engine)
+        setattr(engine, name, kept)
+    engine.optimizer.swap_optimizer = True
+    with pytest.raises(ValueError, match="offloads to NVMe"):
         EngineEMA(engine)
+    layers = deepspeed.pipe.PipelineModule([nn.Linear(3, 3)], num_stages=1, loss_fn=nn.MSELoss())
+    with pytest.raises(ValueError, match="a pipeline"):
+        EngineEMA(engine_of(1, model=layers))
     for stage in (1, 2, 3):
         engine = engine_of(stage, "bf16")
         ema = EngineEMA(engine)
