@@ -20,9 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused_ema import _caches, _checks, _slots, _storage, _tracking
-from fused_ema._foreach import dtype_name
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _deepspeed, _engine_calls, _files
+from fused_ema.hooks import _deepspeed, _engine_calls, _engine_state, _files
 from fused_ema.manager import EMAManager, _misfit
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -30,7 +29,6 @@ from fused_ema.schedules import Schedule
 __all__ = ["EngineEMA"]
 
 _TITLE = _deepspeed.TITLE
-_VERSION = 1
 
 
 class EngineEMA:
@@ -114,7 +112,7 @@ class EngineEMA:
         )
         # While swapped: the raw values of this rank's weights and of the buffers, in their order.
         self._aside: list[Tensor] | None = None
-        self._owners: dict[str, list[tuple[int, int, int]]] = {}
+        self._found_owners: dict[str, list[tuple[int, int, int]]] | None = None
         _engine_calls.observe(engine, self)
 
     # ---- what it is
@@ -148,7 +146,7 @@ class EngineEMA:
         emas = self._emas()
         for param in self._params:
             for piece in param.pieces:
-                values = _part(emas[piece.master], piece)
+                values = _engine_state.part(emas[piece.master], piece)
                 for name in param.names:
                     yield name, piece.offset, values
 
@@ -325,9 +323,10 @@ class EngineEMA:
     def _whole(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         """Each parameter and buffer whole, with its names; on every rank, one at a time."""
         self._refuse_if_away("full_state_dict")
-        emas, own = self._emas(), _rank()
+        emas, owners = self._emas(), self._owners()
+        own = _rank() if self._held.is_sharded else 0
         for param in self._params:
-            pieces = [(p.offset, _part(emas[p.master], p)) for p in param.pieces]
+            pieces = [(p.offset, _engine_state.part(emas[p.master], p)) for p in param.pieces]
             if not param.is_trained:
                 pieces = [self._held.local(param.tensor)]
             values = torch.empty(
@@ -337,37 +336,41 @@ class EngineEMA:
             )
             flat = values.view(-1)
             mine = dict(pieces)
-            for rank, offset, numel in self._owners_of(param, mine):
-                part = flat.narrow(0, offset, numel)
+            for rank, offset, numel in owners[param.names[0]]:
+                run = flat.narrow(0, offset, numel)
                 if rank == own:
-                    part.copy_(mine[offset])
+                    run.copy_(mine[offset])
                 if self._held.is_sharded:
-                    dist.broadcast(part, rank)
+                    dist.broadcast(run, rank)
             yield param.names, values
         for slot in self._buffers("full_state_dict"):
             yield [member.name for member in slot.members], slot.ema
 
-    def _owners_of(
-        self, param: _deepspeed.Param, mine: Mapping[int, Tensor]
-    ) -> list[tuple[int, int, int]]:
-        """Which rank holds which elements of a parameter: rank, offset and length."""
-        runs = [(offset, values.numel()) for offset, values in mine.items()]
-        if not self._held.is_sharded:
-            return [(_rank(), *run) for run in runs]
-        name = param.names[0]
-        if name not in self._owners:
-            every: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(every, runs)
-            covered, owners = 0, []
-            found = sorted(
-                (offset, numel, r) for r, has in enumerate(every) for offset, numel in has
-            )
-            for offset, numel, rank in found:
-                if numel and offset == covered:
-                    owners.append((rank, offset, numel))
-                    covered += numel
-            self._owners[name] = owners
-        return self._owners[name]
+    def _owners(self) -> dict[str, list[tuple[int, int, int]]]:
+        """By the first name, which rank holds which elements: rank, offset and length, in order."""
+        if self._found_owners is None:
+            own = {param.names[0]: self._runs(param) for param in self._params}
+            every: list[Any] = [own]
+            if self._held.is_sharded:
+                every = [None] * _world()
+                dist.all_gather_object(every, own)
+            self._found_owners = {}
+            for name in own:
+                owners, covered = [], 0
+                runs = ((*run, rank) for rank, has in enumerate(every) for run in has[name])
+                for offset, numel, rank in sorted(runs):
+                    if numel and offset == covered:  # Several ranks may have the same.
+                        owners.append((rank, offset, numel))
+                        covered += numel
+                self._found_owners[name] = owners
+        return self._found_owners
+
+    def _runs(self, param: _deepspeed.Param) -> list[tuple[int, int]]:
+        """What of a parameter this rank holds: offsets and lengths."""
+        if param.is_trained:
+            return [(piece.offset, piece.numel) for piece in param.pieces]
+        offset, values = self._held.local(param.tensor)
+        return [(offset, values.numel())]
 
     # ---- checkpoints
 
@@ -379,15 +382,21 @@ class EngineEMA:
             ``shards``: name to what this rank has of its average, as (offset in the flattened
             parameter, values); ``buffers``: name to average.
         """
+        emas = self._emas()
         shards: dict[str, list[tuple[int, Tensor]]] = {}
-        for name, offset, values in self.named_shards():
+        for param in self._params:
             # At its own size: a part saves with all of its storage.
-            shards.setdefault(name, []).append((offset, _storage.with_own_storage(values)))
+            own = [
+                (p.offset, _storage.with_own_storage(_engine_state.part(emas[p.master], p)))
+                for p in param.pieces
+            ]
+            if own:
+                shards |= dict.fromkeys(param.names, own)
         return {
-            "version": _VERSION,
+            "version": _engine_state.VERSION,
             "iteration": self.iteration,
             "num_updates": self.num_updates,
-            "shapes": {n: list(p.shape) for p in self._params if p.is_trained for n in p.names},
+            "shapes": _engine_state.shapes_of(self._params),
             "shards": shards,
             "buffers": {m.name: s.ema for s in self._buffers("state_dict") for m in s.members},
         }
@@ -399,17 +408,17 @@ class EngineEMA:
             state_dict: Of this rank, or those of all, of any number of ranks.
 
         Raises:
-            RuntimeError: It is swapped.
-            ValueError: What doesn't fit, or is missing: one error that lists it, on every rank.
-                Nothing has changed then.
+            ValueError: It is swapped; what doesn't fit, or is missing: one error that lists it, on
+                every rank. Nothing has changed then.
         """
         states = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
         problem = ""
         writes: list[tuple[Tensor, Tensor]] = []
         try:
             self._refuse_if_swapped("load_state_dict")
-            writes = self._fitting(states)
-        except (TypeError, ValueError, RuntimeError) as error:
+            buffers = {slot.name: slot.ema for slot in self._buffers("load_state_dict")}
+            writes = _engine_state.fitting(states, self._params, self._emas(), buffers)
+        except Exception as error:  # Whatever it is: the other ranks wait to hear of it.
             problem = str(error)
         note = "" if problem else repr((states[0]["iteration"], states[0]["num_updates"]))
         self._raise_on_all("load_state_dict", problem, note)
@@ -430,11 +439,13 @@ class EngineEMA:
         state = self.state_dict()
         if not self._held.is_sharded and _rank() > 0:
             state["shards"] = {}  # Rank 0 has the same.
-        _files.save(state, _path(folder, _rank(), _world()))
+        _files.save(state, _engine_state.path_of(folder, _rank(), _world()))
         if _rank() == 0:
             # Those of another number of ranks, saved there before, would be of another step.
-            stale = set(glob.glob(_path(glob.escape(folder), "*", "*")))
-            for path in stale - {_path(folder, rank, _world()) for rank in range(_world())}:
+            stale = set(glob.glob(_engine_state.path_of(glob.escape(folder), "*", "*")))
+            for path in stale - {
+                _engine_state.path_of(folder, rank, _world()) for rank in range(_world())
+            }:
                 os.remove(path)
 
     def load_checkpoint(self, load_dir: str | os.PathLike[str], tag: object = None) -> None:
@@ -447,19 +458,18 @@ class EngineEMA:
             tag: The same; None for the one in the file ``latest``.
 
         Raises:
-            RuntimeError: It is swapped.
-            ValueError: No complete files, or such as don't fit; on every rank. Nothing has changed
-                then.
+            ValueError: It is swapped; no complete files, or such as don't fit; on every rank.
+                Nothing has changed then.
         """
         problem, states = "", []
         try:
-            paths = _paths(os.fspath(load_dir), tag)
+            paths = _engine_state.paths_in(os.fspath(load_dir), tag, _world())
             # Its own is enough on as many ranks; rank 0 alone has what every rank has.
             first = [paths[_rank()], paths[0]] if len(paths) == _world() else paths
-            states = _read(first)
-            if not self._is_enough(states):
-                states = _read(first + [path for path in paths if path not in first])
-        except (OSError, ValueError) as error:
+            states = _engine_state.read(first)
+            if not _engine_state.is_enough(states, self._params):
+                states = _engine_state.read(first + [path for path in paths if path not in first])
+        except Exception as error:  # As there.
             problem = str(error)
         self._raise_on_all("load_checkpoint", problem)
         self.load_state_dict(states)
@@ -469,71 +479,12 @@ class EngineEMA:
         """Whether there are files of averages, complete or not, below a checkpoint's folder."""
         below = "*" if tag is None else glob.escape(str(tag))
         return bool(
-            glob.glob(_path(os.path.join(glob.escape(os.fspath(load_dir)), below), "*", "*"))
-        )
-
-    def _is_enough(self, states: Sequence[Any]) -> bool:
-        """Whether each part that this rank holds is in one of the states as it is."""
-        runs = {
-            (name, offset, values.numel())
-            for state in states
-            if isinstance(state, Mapping)
-            for name, shards in state.get("shards", {}).items()
-            for offset, values in shards
-        }
-        wanted = (
-            (param.names[0], p.offset, p.numel) for param in self._params for p in param.pieces
-        )
-        return all(run in runs for run in wanted)
-
-    def _fitting(self, states: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
-        """What to copy where; raises ValueError where something doesn't fit."""
-        keys = ("version", "iteration", "num_updates", "shapes", "shards", "buffers")
-        for state in states:
-            if not isinstance(state, Mapping) or not all(key in state for key in keys):
-                raise ValueError("no state of an EngineEMA; pass what state_dict() returned")
-            if state["version"] != _VERSION:
-                raise ValueError(
-                    f"the state has version {state['version']} but this fused_ema reads {_VERSION}"
+            glob.glob(
+                _engine_state.path_of(
+                    os.path.join(glob.escape(os.fspath(load_dir)), below), "*", "*"
                 )
-        ours = {n: list(p.shape) for p in self._params if p.is_trained for n in p.names}
-        theirs = states[0]["shapes"]
-        problems = [
-            f"'{name}' has shape {theirs.get(name, 'none')} there and {ours.get(name, 'none')} here"
-            for name in {**ours, **theirs}
-            if ours.get(name) != theirs.get(name)
-        ]
-        positions = {(s["iteration"], s["num_updates"]) for s in states}
-        if len(positions) > 1:
-            problems.append(f"ranks were at several positions: {sorted(positions)}")
-        writes: list[tuple[Tensor, Tensor]] = []
-        emas = self._emas()
-        for param in () if problems else self._params:
-            found = [run for state in states for run in state["shards"].get(param.names[0], ())]
-            for piece in param.pieces:
-                ema = emas[piece.master]
-                if ema.is_contiguous():
-                    problems += _fill(writes, _part(ema, piece), piece, found, param)
-                    continue
-                # Its flat form is a copy; such a one is the parameter's alone.
-                flat = torch.empty_like(_part(ema, piece))
-                runs: list[tuple[Tensor, Tensor]] = []
-                problems += _fill(runs, flat, piece, found, param)
-                _storage.copy([dst for dst, _ in runs], [src for _, src in runs])
-                writes.append((ema, flat.view(ema.shape)))
-        for slot in self._buffers("load_state_dict"):
-            for member in slot.members[:1]:
-                values = states[0]["buffers"].get(member.name)
-                if values is None or values.shape != slot.ema.shape:
-                    problems.append(f"the buffer '{member.name}' is missing or of another shape")
-                else:
-                    writes.append((slot.ema, values))
-        if problems:
-            raise ValueError(
-                "the state doesn't fit this engine; nothing was changed:\n  "
-                + "\n  ".join(_checks.listed(problems))
             )
-        return writes
+        )
 
     # ---- how it is kept
 
@@ -600,64 +551,6 @@ class EngineEMA:
                 f"{_TITLE}.{op}: the ranks' states are of several (iteration, num_updates): "
                 f"{[note for _, note in every]}; nothing was changed"
             )
-
-
-def _part(master: Tensor, piece: _deepspeed.Piece) -> Tensor:
-    """A piece of a master or its average: a view of one dimension, unless it lies otherwise."""
-    return master.detach().reshape(-1).narrow(0, piece.start, piece.numel)
-
-
-def _fill(
-    writes: list[tuple[Tensor, Tensor]],
-    part: Tensor,
-    piece: _deepspeed.Piece,
-    found: Sequence[tuple[int, Tensor]],
-    param: _deepspeed.Param,
-) -> list[str]:
-    """Adds what goes where from saved runs of a parameter; says what is wrong with them."""
-    covered = piece.offset
-    end = piece.offset + piece.numel
-    for offset, values in sorted(found, key=lambda run: run[0]):
-        if values.dim() != 1 or torch.promote_types(values.dtype, part.dtype) != part.dtype:
-            return [
-                f"'{param.names[0]}' is {dtype_name(values.dtype)} there and "
-                f"{dtype_name(part.dtype)} here, which can't hold all its values"
-            ]
-        first, last = max(covered, offset), min(end, offset + values.numel())
-        if offset <= covered < last:
-            dst = part.narrow(0, first - piece.offset, last - first)
-            writes.append((dst, values.narrow(0, first - offset, last - first)))
-            covered = last
-    if covered < end:
-        return [f"'{param.names[0]}': elements {covered} to {end} are in none of the files"]
-    return []
-
-
-def _path(folder: str, rank: object, world: object) -> str:
-    return os.path.join(folder, f"fused_ema_rank_{rank}_of_{world}.pt")
-
-
-def _paths(folder: str, tag: object) -> list[str]:
-    """The files of a checkpoint, by the rank that wrote them."""
-    if tag is None:
-        with open(os.path.join(folder, "latest")) as file:
-            tag = file.read().strip()
-    folder = os.path.join(folder, str(tag))
-    found = glob.glob(_path(glob.escape(folder), "*", "*"))
-    worlds = {int(path.rpartition("_of_")[2].removesuffix(".pt")) for path in found}
-    saved_by = _world() if _world() in worlds else max(worlds, default=0)
-    paths = [_path(folder, rank, saved_by) for rank in range(saved_by)]
-    if missing := [path for path in paths if path not in found]:
-        raise ValueError(f"{missing} are missing, of {saved_by} ranks that saved the checkpoint")
-    if not paths:
-        raise ValueError(
-            f"{folder!r} has no average; save one with save_checkpoint() beside the engine's"
-        )
-    return paths
-
-
-def _read(paths: Sequence[str]) -> list[Any]:
-    return [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
 
 
 def _rank() -> int:

@@ -447,8 +447,11 @@ def test_what_one_process_saved_goes_on_in_two(one, two, tmp_path):
         "fused_ema_rank_0_of_2.pt",
         "fused_ema_rank_1_of_2.pt",
     ]
-    (tmp_path / "last" / "fused_ema_rank_1_of_2.pt").unlink()
-    two(on_ranks(_finds_incomplete_files), str(tmp_path))
+    file = tmp_path / "last" / "fused_ema_rank_1_of_2.pt"
+    file.write_bytes(file.read_bytes()[:500])
+    two(on_ranks(_finds_damage), str(tmp_path), "can't be read as averages")
+    file.unlink()
+    two(on_ranks(_finds_damage), str(tmp_path), "rank_1_of_2.pt'] are missing")
 
 
 def _saves_again(folder):
@@ -456,12 +459,12 @@ def _saves_again(folder):
     dist.barrier()
 
 
-def _finds_incomplete_files(folder):
+def _finds_damage(folder, message):
     ema = EngineEMA(engine_of(3))
-    for tag, message in (("last", "rank_1_of_2.pt'] are missing"), ("none", "has no average")):
+    for tag, expected in (("last", message), ("none", "has no average")):
         with pytest.raises(ValueError, match=r"EngineEMA\.load_checkpoint") as error:
             ema.load_checkpoint(folder, tag)
-        assert message in str(error.value)
+        assert expected in str(error.value)
 
 
 def _refuses_states():
