@@ -735,7 +735,7 @@ def _serves_the_trainer(stage, folder):
         generator = torch.Generator().manual_seed(first)
         return [{"x": torch.randn(7, generator=generator), "labels": 0} for _ in range(16)]
 
-    def trainer_of(seed=0, **options):
+    def trainer_of(seed=0, folder=folder, best=False, **options):
         config = {
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": 1,
@@ -750,9 +750,11 @@ def _serves_the_trainer(stage, folder):
             per_device_train_batch_size=2,
             max_steps=6,
             save_strategy="steps",
-            save_steps=4,
+            save_steps=2 if best else 4,
             eval_strategy="steps",
-            eval_steps=3,
+            eval_steps=2 if best else 3,
+            load_best_model_at_end=best,
+            greater_is_better=True,
             logging_strategy="no",
             report_to=[],
             disable_tqdm=True,
@@ -786,6 +788,15 @@ def _serves_the_trainer(stage, folder):
     assert (resumed.manager.iteration, resumed.manager.num_updates) == (6, 3)
     assert_same(masters_of(again.model_wrapped), raw)
     assert_same(resumed.manager.full_state_dict(), averages)
+    if stage == 3:
+        return
+    # The first checkpoint is the best one here, and its average is loaded with its weights.
+    again, best = trainer_of(folder=f"{folder}/best", best=True)
+    again.train()
+    assert again.state.best_model_checkpoint == f"{folder}/best/out/checkpoint-2"
+    assert (best.manager.iteration, best.manager.num_updates) == (2, 1)
+    with pytest.raises(ValueError, match="include is set, but with DeepSpeed"):
+        trainer_of(include="net.*")[0].train()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
