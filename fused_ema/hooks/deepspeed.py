@@ -239,8 +239,13 @@ class EngineEMA:
         assert self._aside is not None
         self._refuse_if_offloaded(f"{_TITLE}.{op}")
         self._held.release()
-        buffers = self._buffers(op)
-        self._write([*self._held.weights(), *(slot.param for slot in buffers)], self._aside)
+        # The weights come back whatever has become of buffers meanwhile.
+        self._manager._follow_buffers()
+        targets = [*self._held.weights(), *(slot.param for slot in self._tracked_buffers())]
+        pairs = [
+            (t, raw) for t, raw in zip(targets, self._aside, strict=True) if t.shape == raw.shape
+        ]
+        self._write([target for target, _ in pairs], [raw for _, raw in pairs])
         self._aside = None
 
     @torch.no_grad()
@@ -496,6 +501,9 @@ class EngineEMA:
     def _buffers(self, op: str) -> list[_slots.Slot]:
         """The tracked buffers, as the model has them now."""
         self._manager._follow(op)
+        return self._tracked_buffers()
+
+    def _tracked_buffers(self) -> list[_slots.Slot]:
         return [slot for slot in self._manager._tracked.slots if slot.members[0].is_buffer]
 
     def _update(self) -> None:

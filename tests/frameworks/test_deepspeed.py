@@ -516,6 +516,14 @@ def _refuses_inside(stage):
                 call()
         assert not os.path.exists("nowhere")
     assert_same(raw_of(engine), raw)
+    # The weights come back, whatever becomes of a buffer.
+    kept = engine.module.running_mean
+    before = kept.clone()
+    for anew in (torch.zeros(2), None):
+        with ema.swapped():
+            engine.module.running_mean = anew
+        engine.module.running_mean = kept.copy_(before)
+        assert_same(raw_of(engine), raw)
     for bad, message in (
         (engine.module, "the engine's own"),
         (nn.Linear(2, 2), "'first.weight' is missing in the model"),
