@@ -295,7 +295,7 @@ class Pool {
   int64_t ns_alone_ = 0;
 };
 
-// Calling a helper takes the caller 5 to 50 us, and the helper may come a time slice later.
+// Calling a helper is a system call, and the helper may come a time slice later.
 constexpr int64_t kPatience = 500 * kMicrosecond;
 
 }  // namespace

@@ -317,6 +317,8 @@ class Tracked:
         for slot in self.slots if slots is None else slots:
             param = slot.param
             if param.shape != slot.ema.shape:
+                if refusal := _shards.refusal(slot.name, slot.members[0].tensor):
+                    raise ValueError(f"fused_ema.EMAManager.{op}: {refusal}")
                 raise ValueError(
                     f"fused_ema.EMAManager.{op}: '{slot.name}' has shape {list(param.shape)} but "
                     f"its ema has {list(slot.ema.shape)}; give it back its shape, or call "

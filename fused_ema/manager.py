@@ -924,6 +924,8 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
     tensor = member.tensor
     if _tracking.is_quantised(tensor):
         return f"is quantised there ({type(tensor).__name__}); copy before the model is quantised"
+    if _shards.is_partitioned(tensor):
+        return _shards.refusal("", tensor).removeprefix("'' ")
     if tensor.shape != ema.shape:
         return f"has shape {list(tensor.shape)} but its ema has {list(ema.shape)}"
     floats = ema.is_floating_point(), tensor.is_floating_point()

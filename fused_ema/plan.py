@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_ema import _caches, _checks, _foreach, _native
+from fused_ema import _caches, _checks, _foreach, _native, _shards
 from fused_ema.ops import Form
 
 
@@ -58,6 +58,11 @@ class Plan:
                 raise TypeError(
                     f"fused_ema.Plan: names[{index}] is a {type(name).__name__}; pass strings"
                 )
+        self._names = names
+        self._lists = (ema, params)
+        # Which may be empty at any call.
+        self._zero3 = _shards.zero3_of(self._lists)
+        self._refuse_partitioned("")
         if _native.C is not None:
             self._plan = _native.C.Plan(ema, params, names or [])
         else:
@@ -90,21 +95,39 @@ class Plan:
         """The same without a warning: of a schedule's momentum."""
         if not isinstance(form, str):
             _foreach.check_form("Plan.update", form)
-        self._plan.update(momentum, form)
+        self._run("update", momentum, form)
 
     def swap(self) -> None:
         """Exchanges every ema with its param, as :func:`fused_ema.swap_` does."""
-        self._plan.swap()
+        self._run("swap")
         _caches.drop()
 
     def copy_to_ema(self) -> None:
         """Copies every param into its ema."""
-        self._plan.copy_to_ema()
+        self._run("copy_to_ema")
 
     def copy_to_params(self) -> None:
         """Copies every ema into its param."""
-        self._plan.copy_to_params()
+        self._run("copy_to_params")
         _caches.drop()
+
+    def _run(self, op: str, *args: Any) -> None:
+        if self._zero3:
+            self._refuse_partitioned(f".{op}")
+        try:
+            getattr(self._plan, op)(*args)
+        except (TypeError, ValueError):
+            # deepspeed.initialize() may have partitioned them since.
+            self._zero3 = _shards.zero3_of(self._lists)
+            self._refuse_partitioned(f".{op}")
+            raise
+
+    def _refuse_partitioned(self, op: str) -> None:
+        """Raises where ZeRO-3 has a tensor empty: two such would pass for a pair of empty ones."""
+        for i, tensor in self._zero3:
+            if _shards.is_partitioned(tensor):
+                name = f"tensor {i}" if not self._names else self._names[i]
+                raise ValueError(f"fused_ema.Plan{op}: {_shards.refusal(name, tensor)}")
 
     def describe(self) -> list[dict[str, Any]]:
         """Who serves what: one entry per device and dtype pair.

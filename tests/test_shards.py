@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_ema import EMAManager, schedules
+from fused_ema import EMAManager, Plan, schedules
 from fused_ema.testing import assert_bits_equal
 
 
@@ -720,14 +720,41 @@ def refused():
     assert ema.describe()["table"].startswith("averaged")
 
 
-def test_empty_parameters_of_zero3():
-    model = nn.Linear(4, 4)
+def partition(model):
+    """As ZeRO-3 leaves parameters between their uses."""
     for p in model.parameters():
         p.ds_id, p.ds_shape = 0, p.shape
         p.data = torch.empty(0)
-    with pytest.raises(ValueError, match="'weight' is partitioned by DeepSpeed ZeRO-3") as error:
-        EMAManager(model)
-    assert "fused_ema.Plan" in str(error.value)
+
+
+def test_empty_parameters_of_zero3(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    made_before, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    ema, plan = (
+        EMAManager(made_before, momentum=0.25),
+        Plan(
+            [p.detach().clone() for p in made_before.parameters()], list(made_before.parameters())
+        ),
+    )
+    averages = {name: values.clone() for name, values in ema.named_emas()}
+    model = nn.Linear(4, 4)
+    partition(model), partition(made_before)
+    params = list(model.parameters())
+    for call in (
+        lambda: EMAManager(model),
+        lambda: Plan(params, list(made_before.parameters())),
+        lambda: Plan([torch.zeros(p.ds_shape) for p in params], params, ["weight", "bias"]),
+        *(ema.update, ema.swap, ema.reset, ema.refresh, ema.swapped().__enter__),
+        lambda: EMAManager(other).copy_to(model),
+        *(lambda: plan.update(0.25), plan.swap, plan.copy_to_ema, plan.copy_to_params),
+    ):
+        with pytest.raises(ValueError, match="is partitioned by DeepSpeed ZeRO-3") as error:
+            call()
+        assert "hooks.deepspeed.EngineEMA" in str(error.value)
+        assert "refresh" not in str(error.value)
+    assert not ema.is_swapped
+    for name, values in ema.named_emas():
+        assert_bits_equal(values, averages[name])
 
 
 def test_without_torch_distributed():

@@ -184,7 +184,8 @@ class EMA(_Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             raise RuntimeError(
                 f"{_TITLE}: the strategy is {type(trainer.strategy).__name__}, which shards the "
-                "weights or their optimizer; that isn't supported, choose 'ddp' or a single device"
+                "weights or their optimizer; that isn't supported, choose 'ddp' or a single device "
+                "(of a DeepSpeed engine: fused_ema.hooks.deepspeed.EngineEMA averages it)"
             )
         self._pending_weights = None
         if stage == "fit":

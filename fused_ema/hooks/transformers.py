@@ -5,6 +5,8 @@ For accelerate, or a loop of your own around it, no adapter is needed::
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ema = fused_ema.EMAManager(model, momentum=0.001)
     ema.register_step_post_hook(optimizer)  # real steps only: accumulated, not skipped
+
+but with DeepSpeed, where ``model`` is an engine: ``fused_ema.hooks.deepspeed.EngineEMA(model)``.
 """
 
 from __future__ import annotations
@@ -13,13 +15,13 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _options, required
+from fused_ema.hooks import _files, _options, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -33,6 +35,8 @@ _trainer_callback = required(
 _trainer_utils = required("transformers.trainer_utils", "transformers", "transformers >= 4.46")
 
 if TYPE_CHECKING:
+    from fused_ema.hooks.deepspeed import EngineEMA
+
     _Callback = object
 else:
     _Callback = _trainer_callback.TrainerCallback
@@ -59,6 +63,9 @@ class EMACallback(_Callback):
     them, complete or not there. ``train(resume_from_checkpoint=...)`` goes on from both bit for
     bit. With ``load_best_model_at_end`` the average of the best checkpoint is loaded with its
     weights; where it has none, the average starts from them, with a warning.
+
+    With DeepSpeed the average is a :class:`fused_ema.hooks.deepspeed.EngineEMA`: of the engine's
+    masters, updated by the engine's own steps, saved by each rank beside the engine's files.
 
     The manager is made when training starts, and is the attribute :attr:`manager`.
 
@@ -132,11 +139,11 @@ class EMACallback(_Callback):
         self._start_anew = start_anew
         self._trainer: Any = None
         self._resume_from: str | None = None
-        self._manager: EMAManager | None = None
+        self._manager: EMAManager | EngineEMA | None = None
         self._scale = 0.0
 
     @property
-    def manager(self) -> EMAManager | None:
+    def manager(self) -> EMAManager | EngineEMA | None:
         """The manager of the current or last training; None before it."""
         return self._manager
 
@@ -189,28 +196,28 @@ class EMACallback(_Callback):
 
         Raises:
             FileNotFoundError: The checkpoint has no average, and not ``start_anew``.
-            RuntimeError: Not attached; another EMACallback; weights that are sharded.
+            RuntimeError: Not attached; another EMACallback; weights that FSDP shards.
             TypeError: ``save_to`` with a model that has no ``save_pretrained``.
-            ValueError: The average's file is damaged, of another step or of another model.
+            ValueError: The average's file is damaged, of another step or of another model; an
+                engine that isn't served, or a choice of names with one.
         """
         trainer = self._attached()
-        for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
-            if getattr(trainer, name, False):
-                raise RuntimeError(
-                    f"{_TITLE}: the trainer shards the weights or their optimizer ({name}); that "
-                    "isn't supported, train without it or average without this callback"
-                )
+        if getattr(trainer, "is_fsdp_enabled", False):
+            raise RuntimeError(
+                f"{_TITLE}: the trainer shards the weights or their optimizer (is_fsdp_enabled); "
+                "that isn't supported, train without it or average without this callback"
+            )
         if self._save_to is not None and not hasattr(self._model(), "save_pretrained"):
             raise TypeError(
                 f"{_TITLE}: save_to is {str(self._save_to)!r} but {type(self._model()).__name__} "
                 "has no save_pretrained; leave save_to out, and save manager.state_dict()"
             )
-        manager = EMAManager(trainer.model, **self._options)
+        manager = self._made_for(trainer)
         scaler = trainer.accelerator.scaler
         self._scale = 0.0 if scaler is None else scaler.get_scale()
         if state.global_step > 0:
             where = self._resume_from
-            if where is None or not self._has_file(where):
+            if where is None or not _has_average(manager, where):
                 if not self._start_anew:
                     raise FileNotFoundError(
                         f"{_TITLE}: training resumes at step {state.global_step} but {where!r} "
@@ -223,30 +230,21 @@ class EMACallback(_Callback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates where the step was made."""
-        if not self._was_skipped():
-            self._made().update()
+        manager = self._made()
+        if isinstance(manager, EMAManager) and not self._was_skipped():
+            manager.update()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the average into the checkpoint just saved."""
-        if not args.should_save:
-            return
-        trainer = self._attached()
+        trainer, manager = self._attached(), self._made()
         run = trainer._get_output_dir(trial=getattr(trainer, "_trial", None))
         folder = os.path.join(run, f"checkpoint-{state.global_step}")
-        path = os.path.join(folder, FILE_NAME)
-        os.makedirs(folder, exist_ok=True)
-        content = {_STEP_KEY: state.global_step, _MANAGER_KEY: self._made().state_dict()}
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.remove(temporary)
-            raise
+        if not isinstance(manager, EMAManager):
+            manager.save_checkpoint(folder)
+        elif args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager.state_dict()}
+            _files.save(content, os.path.join(folder, FILE_NAME))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Loads the average of the best checkpoint if its weights were, and saves it for use.
@@ -257,10 +255,11 @@ class EMACallback(_Callback):
         Raises:
             ValueError: As :meth:`on_train_begin`.
         """
-        best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None and _has_weights(best):
-            if self._has_file(best):
-                _load(self._made(), best, None)
+        best, manager = state.best_model_checkpoint, self._made()
+        is_engine = not isinstance(manager, EMAManager)
+        if args.load_best_model_at_end and best is not None and (is_engine or _has_weights(best)):
+            if _has_average(manager, best):
+                _load(manager, best, None)
             else:
                 # The model holds other weights than those that the average came from.
                 warnings.warn(
@@ -268,10 +267,18 @@ class EMACallback(_Callback):
                     f"'{FILE_NAME}'; the average starts from its weights",
                     stacklevel=2,
                 )
-                self._made().reset()
-        if self._save_to is not None:
+                manager.reset()
+        if self._save_to is None:
+            return
+        if isinstance(manager, EMAManager):
             with self.swapped():
                 self._model().save_pretrained(self._save_to, is_main_process=args.should_save)
+            return
+        averaged = manager.full_state_dict()
+        if args.should_save:
+            own = self._model().state_dict()
+            averaged = {name: t.to(own[name].dtype) for name, t in averaged.items()}
+            self._model().save_pretrained(self._save_to, state_dict=averaged)
 
     # ---- how it is kept
 
@@ -283,7 +290,21 @@ class EMACallback(_Callback):
             )
         return self._trainer
 
-    def _made(self) -> EMAManager:
+    def _made_for(self, trainer: Any) -> EMAManager | EngineEMA:
+        if not getattr(trainer, "is_deepspeed_enabled", False):
+            return EMAManager(trainer.model, **self._options)
+        from fused_ema.hooks.deepspeed import EngineEMA
+
+        options = dict(self._options)
+        for name in ("include", "exclude", "skip_frozen"):
+            if options.pop(name) and name != "skip_frozen":
+                raise ValueError(
+                    f"{_TITLE}: {name} is set, but with DeepSpeed the average is of all that the "
+                    f"engine trains; leave {name} out"
+                )
+        return EngineEMA(trainer.model_wrapped, **options)
+
+    def _made(self) -> EMAManager | EngineEMA:
         if self._manager is None:
             raise RuntimeError(
                 f"{_TITLE}: there is no average yet; it is made when training starts"
@@ -303,9 +324,6 @@ class EMACallback(_Callback):
     def _model(self) -> Any:
         trainer = self._attached()
         return trainer.accelerator.unwrap_model(trainer.model)
-
-    def _has_file(self, folder: str) -> bool:
-        return os.path.isfile(os.path.join(folder, FILE_NAME))
 
     def _with_average(self, loop: Any) -> Any:
         @functools.wraps(loop)
@@ -335,8 +353,17 @@ def _has_weights(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, file)) for file in files)
 
 
-def _load(manager: EMAManager, folder: str, step: int | None) -> None:
+def _has_average(manager: EMAManager | EngineEMA, folder: str) -> bool:
+    if isinstance(manager, EMAManager):
+        return os.path.isfile(os.path.join(folder, FILE_NAME))
+    return manager.is_saved_in(folder)
+
+
+def _load(manager: EMAManager | EngineEMA, folder: str, step: int | None) -> None:
     """Loads the average of a checkpoint, if it is of that step."""
+    if not isinstance(manager, EMAManager):
+        manager.load_checkpoint(folder)
+        return
     path = os.path.join(folder, FILE_NAME)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
