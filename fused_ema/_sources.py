@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fused_ema import _checks, _shards, _tracking
 from fused_ema._foreach import dtype_name, has_plain_memory, is_dense
@@ -55,7 +55,8 @@ Given = Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | Sources
 
 def check(given: object) -> None:
     """Raises TypeError where it is nothing that can be asked for sources."""
-    if not isinstance(given, (Mapping, Sources)) and not callable(given):
+    is_function = callable(given) and not isinstance(given, nn.Module)
+    if not is_function and not isinstance(given, (Mapping, Sources)):
         raise TypeError(
             f"{TITLE}: sources is a {type(given).__name__}; pass a dictionary of parameters' names "
             "to tensors, a function that returns one, or what fused_ema.sources makes"
