@@ -100,7 +100,7 @@ class _Mapped(Feed):
         return found
 
     def take(self, found: Mapping[str, Tensor]) -> None:
-        held = list(chain.from_iterable(found.items()))
+        held: list[object] = list(chain.from_iterable(found.items()))
         self._watch = Watch((cast(dict[str, Any], found),), (held,))
 
     def _unknown(self, name: object) -> str:
