@@ -9,7 +9,7 @@ import math
 import numbers
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -65,19 +65,6 @@ def warn_of_decay(where: str, momentum: float, stacklevel: int) -> None:
         )
 
 
-def warn_of_swapped_conversions(where: str, stacklevel: int) -> None:
-    """Warns where torch converts modules by swapping tensors, which nobody else may hold then."""
-    if torch.__future__.get_swap_module_params_on_conversion():
-        warnings.warn(
-            f"fused_ema.{where}: torch.__future__.set_swap_module_params_on_conversion(True) is "
-            'set, so torch refuses model.to(), .half() and load_state_dict() ("Couldn\'t swap") '
-            "as long as something holds the tensors from C++, as this does; convert and load "
-            "first, or keep the state, drop this, convert, make it anew and load the state",
-            UserWarning,
-            stacklevel=stacklevel + 1,
-        )
-
-
 def positive(where: str, name: str, value: float) -> float:
     """A finite number above 0."""
     checked = number(where, name, value)
@@ -111,8 +98,28 @@ def listed(lines: Sequence[str]) -> list[str]:
     return [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES:,} more"]
 
 
+def device(where: str, value: torch.device | str) -> torch.device:
+    """A device that can hold values, with its index."""
+    try:
+        checked = torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"fused_ema.{where}: device is {value!r}: {reason}") from error
+    if checked.type == "meta":
+        raise ValueError(
+            f"fused_ema.{where}: device is {value!r}, which holds no values; choose 'cpu' or an "
+            "accelerator"
+        )
+    return checked
+
+
 def patterns(where: str, name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     """One string or several, as a tuple."""
+    if not isinstance(value, Iterable):
+        raise TypeError(
+            f"fused_ema.{where}: {name} is a {type(value).__name__}; pass a pattern, or a list of "
+            "them"
+        )
     checked = (value,) if isinstance(value, str) else tuple(value)
     for pattern in checked:
         if not isinstance(pattern, str):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -52,11 +53,14 @@ class Slot:
     in_plan: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.in_plan = self.kind == "average" or (
-            self.kind == "copy"
-            and self.exchanges()
-            and self.ema.element_size() in (2, 4, 8)
-            and has_plain_memory(self.param)
+        self.in_plan = not self.is_inference_buffer() and (
+            self.kind == "average"
+            or (
+                self.kind == "copy"
+                and self.exchanges()
+                and self.ema.element_size() in (2, 4, 8)
+                and has_plain_memory(self.param)
+            )
         )
 
     @property
@@ -89,6 +93,10 @@ class Slot:
         """Whether a swap can exchange the two in place without losing a bit."""
         # Not where the plan, which takes all of its pairs, has something else than the param.
         return self.given is None and self.ema.dtype == self.param.dtype and self.stage is None
+
+    def is_inference_buffer(self) -> bool:
+        """Whether it was assigned anew in inference mode, outside of which nothing may write it."""
+        return self.members[0].is_buffer and self.param.is_inference()
 
     def part_of(self, values: Tensor) -> Tensor:
         """What of some values, whole or sharded as the param is, belongs to this rank."""
@@ -135,7 +143,7 @@ class Tracked:
         self.copied = [slot for slot in slots if slot.kind == "copy"]
         self.followed = [slot for slot in slots if slot.kind != "average"]
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
-        self.loose: list[Slot] = []
+        self.loose = [slot for slot in self.averaged if not slot.in_plan]
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
         self.shards = _shards.Shards([member.tensor for member in members])
@@ -150,6 +158,11 @@ class Tracked:
     def is_current_so_far(self) -> bool:
         """The same in every step; see Tree.is_current_so_far()."""
         return self.tree.is_current_so_far() and self.shards.are_current()
+
+    def writable(self) -> AbstractContextManager[object]:
+        """The mode in which all params can be written."""
+        is_inference = any(slot.is_inference_buffer() for slot in self.slots)
+        return torch.inference_mode() if is_inference else nullcontext()
 
     def note_write(self) -> None:
         """To be called after each write to params."""
@@ -488,7 +501,11 @@ class Policy:
         judged = [
             i
             for i, (group, (kind, _)) in enumerate(zip(groups, decided, strict=True))
-            if kind == "average" and group[0].is_buffer and before[i] is None
+            if kind == "average"
+            and group[0].is_buffer
+            and before[i] is None
+            # Of float8 torch can't tell, and it is refused below.
+            and params[i].element_size() > 1
         ]
         # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
         finite = _storage.are_finite([params[i] for i in judged])

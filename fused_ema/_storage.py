@@ -99,7 +99,9 @@ class Exchange:
         # Bool and the 8-bit dtypes have no kernel: masks and the like, seldom. With a copy of one.
         self._narrow = []
         for x, y in zip(a, b, strict=True):
-            if x.element_size() > 1:
+            if x.is_conj() or y.is_conj():  # Whose memory holds other values than they show.
+                self._narrow.append((x.detach(), y.detach(), x.detach().clone()))
+            elif x.element_size() > 1:
                 self._a.append(_as_floats(x))
                 self._b.append(_as_floats(y))
             else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_ema import _checks, _shards, _slots, _sources, _state, _steps, _storage, _tracking
-from fused_ema._foreach import check_form, dtype_name, has_plain_memory
+from fused_ema._foreach import check_form, dtype_name, has_plain_memory, holds
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -115,8 +115,7 @@ class EMAManager:
         RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows.
 
     Warns:
-        UserWarning: A constant momentum above 0.5, which most often is a decay; torch is set to
-            convert modules by swapping their tensors, which a manager makes impossible.
+        UserWarning: A constant momentum above 0.5, which most often is a decay.
 
     Example:
         >>> ema = fused_ema.EMAManager(model, momentum=0.001)
@@ -167,8 +166,7 @@ class EMAManager:
         self._sources = sources
         self._momentum = _checks.momentum("EMAManager", momentum)
         if momentum_fun is None:
-            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=3)
-        _checks.warn_of_swapped_conversions("EMAManager", stacklevel=3)
+            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=2)
         self._momentum_fun = momentum_fun
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
@@ -178,7 +176,7 @@ class EMAManager:
         rules = _tracking.Buffers.parse("auto" if buffers is None else buffers)
         self._policy = _slots.Policy(
             ema_dtype,
-            None if device is None else torch.empty(0, device=device).device,
+            None if device is None else _checks.device("EMAManager", device),
             rules,
         )
         self._selection = _tracking.Selection(
@@ -196,7 +194,8 @@ class EMAManager:
         self._marks = _storage.make_marks()
         self._hooked: tuple[list[weakref.ref[torch.optim.Optimizer]], RemovableHandle | None]
         self._hooked = [], None
-        self._checked: object = None
+        # Weak: what was tracked before a refresh() must be able to go.
+        self._checked: tuple[int, weakref.ref[_slots.Tracked]] | None = None
         # From a swap in to the swap out: where each param was. Its memory is held as well, or a
         # conversion there and back could come to lie at the same address.
         self._places: list[tuple[int, object]] = []
@@ -471,7 +470,8 @@ class EMAManager:
                 try:
                     self._swap_out("swapped")
                 except (KeyboardInterrupt, SystemExit):
-                    self._swap_out("swapped")
+                    if self._is_swapped:  # It may come after the last write, too.
+                        self._swap_out("swapped")
                     raise
 
     def swap(self) -> None:
@@ -502,7 +502,8 @@ class EMAManager:
             _Write(slots[i].param, slots[i].ema, raw) for i, raw in zip(others, room, strict=True)
         ]
         try:
-            self._exchange(True, dict(zip(others, room, strict=True)), writes)
+            with tracked.writable():
+                self._exchange(True, dict(zip(others, room, strict=True)), writes)
         except (TypeError, ValueError):
             tracked.check_pairs(op)
             raise
@@ -540,7 +541,8 @@ class EMAManager:
             and _place_of(slot.param)[0] != address
             and not _is_wider(slot.param.dtype, slot.ema.dtype)
         ]
-        self._exchange(False, aside, writes)
+        with tracked.writable():
+            self._exchange(False, aside, writes)
         self._places = []
         if lost:
             warnings.warn(
@@ -681,14 +683,14 @@ class EMAManager:
                     "back first"
                 )
         self._refuse_if_another_holds("copy_to", ((m.name, m.local) for g in tied for m in g))
+        for module, values in carried:  # First, since it may raise, which a copy doesn't any more.
+            module.set_extra_state(values)
         _storage.copy(
             [group[0].local for group in tied],
             [_shards.part_of(group[0].tensor, emas[group[0].name]) for group in tied],
         )
         _shards.Shards([group[0].tensor for group in tied]).note_write()
         tree.units.note_write()
-        for module, values in carried:
-            module.set_extra_state(values)
 
     # ---- when the model has changed
 
@@ -927,7 +929,7 @@ class EMAManager:
     def _refuse_if_another_is_swapped(self, op: str) -> None:
         if _swapped_managers:
             # Asked again only where another set of managers is swapped, or other tensors tracked.
-            checked = (_swaps.count, self._tracked)
+            checked = (_swaps.count, weakref.ref(self._tracked))
             if self._checked != checked:
                 self._refuse_if_another_holds(op, ((s.name, s.param) for s in self._tracked.slots))
                 self._checked = checked
@@ -991,7 +993,7 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
         return f"has shape {list(tensor.shape)} but its ema has {list(ema.shape)}"
     floats = ema.is_floating_point(), tensor.is_floating_point()
     if tensor.dtype != ema.dtype and not all(floats):
-        fits = not any(floats) and torch.promote_types(ema.dtype, tensor.dtype) == tensor.dtype
+        fits = not any(floats) and holds(tensor.dtype, ema.dtype)
         if not fits or torch.bool in (ema.dtype, tensor.dtype):
             return f"is {tensor.dtype} but its ema is {ema.dtype}"
     if problem := _shards.misfit(tensor, ema):
@@ -1009,7 +1011,7 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
 
 
 def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
-    return dtype != than and torch.promote_types(dtype, than) == dtype
+    return dtype != than and holds(dtype, than)
 
 
 def _place_of(tensor: Tensor) -> tuple[int, object]:

@@ -54,8 +54,14 @@ class Plan:
         names: Sequence[str] | None = None,
     ) -> None:
         self._plan: Any
+        names = None if names is None else list(names)
+        for index, name in enumerate(names or ()):
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"fused_ema.Plan: names[{index}] is a {type(name).__name__}; pass strings"
+                )
         if _native.C is not None:
-            self._plan = _native.C.Plan(ema, params, [] if names is None else list(names))
+            self._plan = _native.C.Plan(ema, params, names or [])
         else:
             self._plan = _foreach.Plan(ema, params, names)
         self._num_tensors = len(ema)
@@ -77,13 +83,15 @@ class Plan:
         Warns:
             UserWarning: Once, of a momentum above 0.5, which most often is a decay.
         """
-        if isinstance(momentum, float) and momentum > 0.5 and not self._has_warned:
+        if isinstance(momentum, float) and 0.5 < momentum < 1 and not self._has_warned:
             self._has_warned = True
             _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
-        self._plan.update(momentum, form)
+        self._update(momentum, form)
 
     def _update(self, momentum: float | Tensor, form: Form) -> None:
         """The same without a warning: of a schedule's momentum."""
+        if not isinstance(form, str):
+            _foreach.check_form("Plan.update", form)
         self._plan.update(momentum, form)
 
     def swap(self) -> None:

@@ -420,8 +420,8 @@ class EMA(_Callback):
     def _swap_in(self, pl_module: nn.Module) -> None:
         manager = self._manager_of(pl_module)
         if manager is not None and self._raw is None and not manager.is_swapped:
+            self._swapped_here = True  # First: Ctrl-C may come right after the swap.
             manager.swap()
-            self._swapped_here = True
 
     def _swap_out(self) -> None:
         if self._swapped_here:
