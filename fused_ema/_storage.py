@@ -51,14 +51,15 @@ def allocate(
             whole = flat[dtype, device]
             if tensor.numel() == 0:  # Of which a view would save and stage the whole allocation.
                 whole, offset = nothing[dtype, device], 0
-            view = with_own_storage(whole.as_strided(tensor.shape, _dense_strides(tensor), offset))
+            view = with_own_storage(whole.as_strided(tensor.shape, dense_strides(tensor), offset))
         else:
             view = torch.empty_like(tensor.detach(), dtype=dtype, device=device)
         made.append(view)
     return made
 
 
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's strides where it is dense, else those that it would have without its gaps."""
     if is_dense(tensor):
         return tensor.stride()
     return torch.empty_like(tensor, device="meta").stride()

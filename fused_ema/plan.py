@@ -20,7 +20,9 @@ class Plan:
     (``p.data = ...``, ``module.to(...)``, a re-shard) it checks and makes the table anew, so
     nothing is ever written through an old address. A contiguous tensor that got another shape over
     the same memory holds the same elements, and is simply followed. Replacing a ``Parameter``
-    object in a module is beyond its sight: it keeps the tensors it was given. Moving a tensor while
+    object in a module is beyond its sight: it keeps the tensors it was given, also
+    those that an optimizer's state no longer holds after its ``load_state_dict()``, and an average
+    of them stands still: ``EMAManager(sources=)`` follows the new ones. Moving a tensor while
     another thread is inside a call is a race, as it is with torch's own functions.
 
     Making a plan, or making it anew, is not possible while a CUDA graph is being captured; running

@@ -13,8 +13,15 @@ import fused_ema
 import fused_ema.manager
 import fused_ema.ops
 import fused_ema.plan
+import fused_ema.sources
 
-MODULES = (fused_ema.ops, fused_ema.plan, fused_ema.manager, fused_ema.schedules)
+MODULES = (
+    fused_ema.ops,
+    fused_ema.plan,
+    fused_ema.manager,
+    fused_ema.schedules,
+    fused_ema.sources,
+)
 README = Path(__file__).parents[1] / "README.md"
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from masters import InState
 from ranks import Ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_ema import EMAManager, Plan, schedules
+from fused_ema import EMAManager, Plan, schedules, sources
 from fused_ema.testing import assert_bits_equal
 
 
@@ -773,3 +774,38 @@ new = {name for name in sys.modules if name.startswith("torch.distributed")} - b
 assert not new, new
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def average_masters():
+    model = by_parts(Net(dtype=torch.bfloat16, has_buffers=False))
+    optimizer = InState(model.parameters())
+    masters = sources.optimizer_state(optimizer, "master_param")
+    ema = EMAManager(model, 0.25, sources=masters)
+    ema.register_step_post_hook(optimizer)
+    params = dict(model.named_parameters())
+    expected = {name: p.detach().to_local().float() for name, p in params.items()}
+    for seed in range(3):
+        for param in params.values():
+            param.grad = torch.full_like(param, 0.01 * (seed + 1))
+        optimizer.step()
+        for name, param in params.items():
+            master = optimizer.state[param]["master_param"]
+            expected[name].lerp_(master.to_local().float(), 0.25)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert ema.num_updates == 3
+    raw = {name: p.detach().to_local().clone() for name, p in params.items()}
+    for name, average in ema.named_emas():
+        assert average.placements == params[name].placements
+        assert_bits_equal(average.to_local(), expected[name], name)
+    with ema.swapped():
+        for name, param in params.items():
+            assert torch.equal(param.to_local(), expected[name].bfloat16()), name
+    for name, param in params.items():
+        assert torch.equal(param.to_local(), raw[name]), name
+    whole = {name: torch.zeros(param.shape) for name, param in params.items()}
+    with pytest.raises(ValueError, match="each rank needs the part that it holds"):
+        EMAManager(model, 0.25, sources=whole)
+
+
+def test_masters_of_a_sharded_model(two):
+    two(average_masters)

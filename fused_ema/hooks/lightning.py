@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from fused_ema import _steps, _tracking, state
 from fused_ema._tracking import BufferMode
 from fused_ema.hooks import _options, required
-from fused_ema.manager import EMAManager, was_skipped
+from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
@@ -402,7 +402,7 @@ class EMA(_Callback):
             trainer.strategy.load_model_state_dict({_MAIN_KEY: weights}, strict=strict)
 
     def _note_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if was_skipped(optimizer):
+        if _steps.was_skipped(optimizer):
             return
         self._has_stepped = True
         self._had_gradients = self._had_gradients or any(

@@ -293,7 +293,8 @@ def test_accelerate():
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
-    ema = run("accelerate", fused_ema=fused_ema, model=model, optimizer=optimizer)["ema"]
+    row = "accelerate, without DeepSpeed"
+    ema = run(row, fused_ema=fused_ema, model=model, optimizer=optimizer)["ema"]
     for _ in range(6):
         with accelerator.accumulate(model):
             accelerator.backward(model(torch.randn(8, 4)).square().sum())
