@@ -5,6 +5,17 @@ For accelerate, or a loop of your own around it, no adapter is needed::
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ema = fused_ema.EMAManager(model, momentum=0.001)
     ema.register_step_post_hook(optimizer)  # real steps only: accumulated, not skipped
+
+``accelerator.register_for_checkpointing(ema)`` then makes ``save_state`` and ``load_state`` keep it.
+With FSDP2 accelerate writes the first process's shards alone of what is registered so, and loading
+them is an error. There torch.distributed.checkpoint saves it, with any number of processes::
+
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, folder: dcp.save({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
+    accelerator.register_load_state_pre_hook(
+        lambda models, folder: dcp.load({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
 """
 
 from __future__ import annotations
@@ -19,12 +30,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _options, required
+from fused_ema.hooks import _options, _sharded, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
-__all__ = ["FILE_NAME", "EMACallback"]
+__all__ = ["FILE_NAME", "FOLDER_NAME", "EMACallback"]
 
 _TITLE = "fused_ema.hooks.transformers.EMACallback"
 _trainer_callback = required(
@@ -39,6 +50,8 @@ else:
 
 FILE_NAME = "ema.pt"
 """The average's file in each ``checkpoint-N``."""
+FOLDER_NAME = "ema"
+"""Its folder there where the model is sharded, as torch.distributed.checkpoint writes it."""
 
 _STEP_KEY = "global_step"
 _MANAGER_KEY = "manager"
@@ -189,16 +202,23 @@ class EMACallback(_Callback):
 
         Raises:
             FileNotFoundError: The checkpoint has no average, and not ``start_anew``.
-            RuntimeError: Not attached; another EMACallback; weights that are sharded.
+            RuntimeError: Not attached; another EMACallback; FSDP1 or DeepSpeed.
             TypeError: ``save_to`` with a model that has no ``save_pretrained``.
             ValueError: The average's file is damaged, of another step or of another model.
         """
         trainer = self._attached()
-        for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
-            if getattr(trainer, name, False):
+        if getattr(trainer, "is_deepspeed_enabled", False):
+            raise RuntimeError(
+                f"{_TITLE}: the trainer shards the weights or their optimizer "
+                "(is_deepspeed_enabled); that isn't supported, train without it or average without "
+                "this callback"
+            )
+        if getattr(trainer, "is_fsdp_enabled", False):
+            version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
+            if version != 2:
                 raise RuntimeError(
-                    f"{_TITLE}: the trainer shards the weights or their optimizer ({name}); that "
-                    "isn't supported, train without it or average without this callback"
+                    f"{_TITLE}: the trainer shards the weights with FSDP {version}, whose "
+                    'parameters can\'t be averaged in place; set "version": 2 in fsdp_config'
                 )
         if self._save_to is not None and not hasattr(self._model(), "save_pretrained"):
             raise TypeError(
@@ -210,11 +230,11 @@ class EMACallback(_Callback):
         self._scale = 0.0 if scaler is None else scaler.get_scale()
         if state.global_step > 0:
             where = self._resume_from
-            if where is None or not self._has_file(where):
+            if where is None or not _has_average(where):
                 if not self._start_anew:
                     raise FileNotFoundError(
                         f"{_TITLE}: training resumes at step {state.global_step} but {where!r} "
-                        f"has no '{FILE_NAME}'; resume from a checkpoint that has one, or pass "
+                        f"has no {_WHERE}; resume from a checkpoint that has one, or pass "
                         "start_anew=True to start the average from its weights"
                     )
             else:
@@ -228,14 +248,18 @@ class EMACallback(_Callback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the average into the checkpoint just saved."""
-        if not args.should_save:
-            return
-        trainer = self._attached()
+        trainer, manager = self._attached(), self._made()
         run = trainer._get_output_dir(trial=getattr(trainer, "_trial", None))
         folder = os.path.join(run, f"checkpoint-{state.global_step}")
+        if manager._tracked.is_sharded:
+            content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager}
+            _sharded.save(content, os.path.join(folder, FOLDER_NAME), args.should_save)
+            return
+        if not args.should_save:
+            return
         path = os.path.join(folder, FILE_NAME)
         os.makedirs(folder, exist_ok=True)
-        content = {_STEP_KEY: state.global_step, _MANAGER_KEY: self._made().state_dict()}
+        content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager.state_dict()}
         temporary = f"{path}.{os.getpid()}.tmp"
         try:
             with open(temporary, "wb") as file:
@@ -259,19 +283,19 @@ class EMACallback(_Callback):
         """
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None and _has_weights(best):
-            if self._has_file(best):
+            if _has_average(best):
                 _load(self._made(), best, None)
             else:
                 # The model holds other weights than those that the average came from.
                 warnings.warn(
                     f"{_TITLE}: the best checkpoint {best!r}, whose weights were loaded, has no "
-                    f"'{FILE_NAME}'; the average starts from its weights",
+                    f"{_WHERE}; the average starts from its weights",
                     stacklevel=2,
                 )
                 self._made().reset()
         if self._save_to is not None:
             with self.swapped():
-                self._model().save_pretrained(self._save_to, is_main_process=args.should_save)
+                self._save_pretrained(self._save_to, args.should_save)
 
     # ---- how it is kept
 
@@ -304,8 +328,14 @@ class EMACallback(_Callback):
         trainer = self._attached()
         return trainer.accelerator.unwrap_model(trainer.model)
 
-    def _has_file(self, folder: str) -> bool:
-        return os.path.isfile(os.path.join(folder, FILE_NAME))
+    def _save_pretrained(self, folder: str | os.PathLike[str], is_main: bool) -> None:
+        if not self._made()._tracked.is_sharded:
+            self._model().save_pretrained(folder, is_main_process=is_main)
+            return
+        trainer = self._attached()
+        gathered = trainer.accelerator.get_state_dict(trainer.model)  # On the first process.
+        if is_main:
+            self._model().save_pretrained(folder, state_dict=gathered)
 
     def _with_average(self, loop: Any) -> Any:
         @functools.wraps(loop)
@@ -327,20 +357,36 @@ class EMACallback(_Callback):
         return noting_checkpoint
 
 
+_WHERE = f"'{FILE_NAME}' or complete folder '{FOLDER_NAME}'"
+
+
+def _has_average(folder: str) -> bool:
+    is_file = os.path.isfile(os.path.join(folder, FILE_NAME))
+    return is_file or _sharded.is_complete(os.path.join(folder, FOLDER_NAME))
+
+
 def _has_weights(folder: str) -> bool:
     """Whether Trainer finds a model's or an adapter's weights there, in one file or in shards."""
-    stems = ("model", "pytorch_model", "adapter_model")
+    stems = ("model", "pytorch_model", "adapter_model", "pytorch_model_fsdp")
     files = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
     files += [f"{file}.index.json" for file in files]
-    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files) or (
+        _sharded.is_complete(os.path.join(folder, "pytorch_model_fsdp_0"))
+    )
 
 
 def _load(manager: EMAManager, folder: str, step: int | None) -> None:
     """Loads the average of a checkpoint, if it is of that step."""
-    path = os.path.join(folder, FILE_NAME)
+    in_folder = os.path.join(folder, FOLDER_NAME)
+    is_sharded = _sharded.is_complete(in_folder)
+    path = in_folder if is_sharded else os.path.join(folder, FILE_NAME)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        saved_step, saved = content[_STEP_KEY], content[_MANAGER_KEY]
+        if is_sharded:
+            saved_step = _sharded.load({_STEP_KEY: 0}, path)[_STEP_KEY]
+            saved = None
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            saved_step, saved = content[_STEP_KEY], content[_MANAGER_KEY]
     except Exception as error:
         raise ValueError(
             f"{_TITLE}: {path!r} can't be read as an average (damaged or cut short?); nothing was "
@@ -352,6 +398,9 @@ def _load(manager: EMAManager, folder: str, step: int | None) -> None:
             "nothing was changed. Put back the file that was saved with this checkpoint"
         )
     try:
-        manager.load_state_dict(saved)
+        if saved is None:
+            _sharded.load({_MANAGER_KEY: manager}, path)
+        else:
+            manager.load_state_dict(saved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{_TITLE}: {path!r} doesn't fit: {error}") from error

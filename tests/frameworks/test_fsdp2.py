@@ -1,0 +1,288 @@
+"""Models that FSDP2 shards, in the frameworks' own trainers, on two processes."""
+
+from __future__ import annotations
+
+import os
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from ranks import Ranks
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import TrainingArguments as Arguments
+
+import fused_ema
+from fused_ema.hooks.transformers import EMACallback
+from fused_ema.testing import assert_bits_equal
+
+
+@pytest.fixture(scope="module")
+def two():
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+def whole(named):
+    return {
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in dict(named).items()
+    }
+
+
+def assert_same(actual, expected, what):
+    assert list(actual) == list(expected), what
+    for name, tensor in expected.items():
+        assert_bits_equal(actual[name], tensor, f"{what}: {name}")
+
+
+class Loop:
+    """The average of a model as a loop over its shards."""
+
+    def __init__(self, model, momentum):
+        self.momentum = momentum
+        self.ema = {n: p._local_tensor.clone() for n, p in model.named_parameters()}
+
+    def update(self, model):
+        for name, p in model.named_parameters():
+            self.ema[name].lerp_(p._local_tensor, self.momentum)
+
+    def check(self, manager, what):
+        averages = {name: t._local_tensor for name, t in manager.named_emas()}
+        assert_same(averages, self.ema, what)
+
+
+# ---- accelerate and transformers
+
+
+def join_accelerate():
+    """Makes these ranks known to accelerate, which has FSDP for accelerators alone, by their type."""
+    world = str(dist.get_world_size())
+    os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank())}
+    os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": "1"}
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    made = PartialState.__init__
+
+    def make(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_XPU
+
+    return patch.object(PartialState, "__init__", make)
+
+
+class Config(PretrainedConfig):
+    model_type = "fused-ema-test"
+
+
+class Model(PreTrainedModel):
+    config_class = Config
+
+    def __init__(self, config=None, seed=0):
+        torch.manual_seed(seed)
+        super().__init__(config or Config())
+        self.first = nn.Embedding(7, 8)
+        self.block = nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 5))
+        self.last = nn.Linear(5, 1)
+        self.seen = []
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass
+
+    def get_input_embeddings(self):
+        return self.first
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, x, labels=None):
+        y = self.last(self.block(self.first(x))).mean((1, 2))
+        if not self.training:
+            self.seen.append(y.detach().clone())
+        return {"loss": (y - labels).square().mean(), "logits": y}
+
+
+def data(count):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        {"x": torch.randint(7, (3,), generator=generator), "labels": float(i)} for i in range(count)
+    ]
+
+
+def batch(step):
+    samples = data(40)[(2 * step + dist.get_rank()) * 2 :][:2]
+    x, labels = torch.stack([s["x"] for s in samples]), [s["labels"] for s in samples]
+    return {"x": x, "labels": torch.tensor(labels)}
+
+
+def logits(weights, x):
+    """What a whole model of these weights computes."""
+    model = Model().eval()
+    model.load_state_dict(weights)
+    with torch.no_grad():
+        return model(x, torch.zeros(len(x)))["logits"]
+
+
+def prepared(seed, momentum=0.25):
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["Sequential"],
+        state_dict_type="SHARDED_STATE_DICT",
+        cpu_ram_efficient_loading=False,
+    )
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert accelerator.is_fsdp2
+    model = Model(seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    ema = fused_ema.EMAManager(model, momentum=momentum)
+    ema.register_step_post_hook(optimizer)
+    return accelerator, model, optimizer, ema
+
+
+def run(accelerator, model, optimizer, steps):
+    for step in steps:
+        accelerator.backward(model(**batch(step))["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def keep(accelerator, ema):
+    """As the docstring of fused_ema.hooks.transformers has it."""
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, folder: dcp.save({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
+    accelerator.register_load_state_pre_hook(
+        lambda models, folder: dcp.load({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
+
+
+def loop_with_accelerate(folder):
+    with join_accelerate():
+        accelerator, model, optimizer, ema = prepared(seed=0)
+        keep(accelerator, ema)
+        loop = Loop(model, 0.25)
+        for step in range(4):
+            run(accelerator, model, optimizer, [step])
+            loop.update(model)
+            loop.check(ema, step)
+            average = whole(ema.named_emas())
+            with ema.swapped(), torch.no_grad():
+                seen = model.eval()(**batch(9))["logits"]
+                assert torch.equal(seen, logits(average, batch(9)["x"]))
+                model.train()
+            if step == 1:
+                accelerator.save_state(f"{folder}/accelerate")
+        ends = whole(model.named_parameters()), whole(ema.named_emas())
+
+        AcceleratorState._reset_state(True)
+        accelerator, model, optimizer, ema = prepared(seed=1)
+        keep(accelerator, ema)
+        accelerator.load_state(f"{folder}/accelerate")
+        assert ema.num_updates == 2
+        run(accelerator, model, optimizer, [2, 3])
+        assert_same(whole(model.named_parameters()), ends[0], "resumed: the model")
+        assert_same(whole(ema.named_emas()), ends[1], "resumed: the average")
+
+
+def test_a_loop_with_accelerate(two, tmp_path):
+    two(loop_with_accelerate, str(tmp_path))
+
+
+def one_rank_s_shards(folder):
+    with join_accelerate():
+        accelerator, model, optimizer, ema = prepared(seed=0)
+        accelerator.register_for_checkpointing(ema)
+        run(accelerator, model, optimizer, [0])
+        accelerator.save_state(f"{folder}/one")
+        run(accelerator, model, optimizer, [1])
+        before = whole(ema.named_emas())
+        with pytest.raises(ValueError, match=r"is the shard of the rank at .*0.*, not of this one"):
+            accelerator.load_state(f"{folder}/one")
+        assert_same(whole(ema.named_emas()), before, "nothing was changed")
+
+
+def test_shards_that_one_rank_has_pickled_are_an_error_on_all(two, tmp_path):
+    two(one_rank_s_shards, str(tmp_path))
+
+
+class Watch(TrainerCallback):
+    """The average as a loop, compared at every step."""
+
+    def __init__(self):
+        self.loop, self.ema, self.averages = None, None, []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if self.loop is None:
+            self.loop = Loop(model, 0.25)  # The update comes after, as the callback joined later.
+            self.loop.ema = {n: t._local_tensor.clone() for n, t in self.ema.manager.named_emas()}
+        self.loop.update(model)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.loop.check(self.ema.manager, state.global_step)
+        self.averages.append(whole(self.ema.manager.named_emas()))
+
+
+def trainer_of(folder, seed, version=2, **options):
+    config = {"version": version, "transformer_layer_cls_to_wrap": ["Sequential"]}
+    config["state_dict_type"] = options.pop("kind", "SHARDED_STATE_DICT")
+    arguments = Arguments(
+        **{"output_dir": folder, "use_cpu": True, "fsdp": True, "fsdp_config": config},
+        **{"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2},
+        **{"max_steps": 4, "learning_rate": 0.05},
+        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2},
+        **{"logging_strategy": "no", "report_to": [], "disable_tqdm": True, **options},
+    )
+    watch = Watch()
+    trainer = Trainer(
+        Model(seed=seed),
+        arguments,
+        train_dataset=data(16),
+        eval_dataset=data(4),
+        callbacks=[watch],
+    )
+    watch.ema = EMACallback(momentum=0.25, save_to=f"{folder}/average").attach(trainer)
+    return trainer, watch
+
+
+def in_the_trainer(folder):
+    with join_accelerate():
+        for kind in ("SHARDED_STATE_DICT", "FULL_STATE_DICT"):
+            out = f"{folder}/{kind}"
+            trainer, watch = trainer_of(out, 0, kind=kind)
+            trainer.train()
+            model, manager = trainer.model, watch.ema.manager
+            assert all(isinstance(p, DTensor) for p in model.parameters())
+            assert manager.num_updates == len(watch.averages) == 4
+            x = torch.stack([s["x"] for s in data(4)])[2 * dist.get_rank() :][:2]
+            assert len(model.seen) == 4
+            for seen, average in zip(model.seen, watch.averages, strict=True):
+                assert torch.equal(seen, logits(average, x))
+            ends = whole(model.named_parameters()), whole(manager.named_emas())
+            assert_same(ends[1], watch.averages[-1], "after the last evaluation")
+            dist.barrier()  # The first process has written it.
+            saved = whole(Model.from_pretrained(f"{out}/average").named_parameters())
+            assert_same(saved, ends[1], "save_to")
+            for step in (2, 4):
+                files = os.listdir(f"{out}/checkpoint-{step}")
+                assert [name for name in files if "ema" in name] == ["ema"]
+                assert os.path.isfile(f"{out}/checkpoint-{step}/ema/.metadata")
+
+            trainer, watch = trainer_of(out, 1, kind=kind)
+            trainer.train(resume_from_checkpoint=f"{out}/checkpoint-2")
+            assert len(watch.averages) == 2
+            assert_same(whole(trainer.model.named_parameters()), ends[0], "resumed: the model")
+            assert_same(whole(watch.ema.manager.named_emas()), ends[1], "resumed: the average")
+
+
+def test_the_trainer(two, tmp_path):
+    two(in_the_trainer, str(tmp_path))
