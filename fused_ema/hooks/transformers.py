@@ -6,9 +6,9 @@ For accelerate, or a loop of your own around it, no adapter is needed::
     ema = fused_ema.EMAManager(model, momentum=0.001)
     ema.register_step_post_hook(optimizer)  # real steps only: accumulated, not skipped
 
-``accelerator.register_for_checkpointing(ema)`` then makes ``save_state`` and ``load_state`` keep it.
-With FSDP2 accelerate writes the first process's shards alone of what is registered so, and loading
-them is an error. There torch.distributed.checkpoint saves it, with any number of processes::
+``accelerator.register_for_checkpointing(ema)`` then makes ``save_state`` and ``load_state`` keep
+it. With FSDP2 accelerate writes the first process's shards alone of what is registered so, and
+loading them is an error. There torch.distributed.checkpoint saves it, for any number of processes::
 
     accelerator.register_save_state_pre_hook(
         lambda models, weights, folder: dcp.save({"ema": ema}, checkpoint_id=f"{folder}/ema")

@@ -5,19 +5,24 @@ from __future__ import annotations
 import os
 from unittest.mock import patch
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
+from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import Ranks
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers import TrainingArguments as Arguments
 
 import fused_ema
+from fused_ema.hooks.lightning import EMA
 from fused_ema.hooks.transformers import EMACallback
 from fused_ema.testing import assert_bits_equal
 
@@ -42,6 +47,11 @@ def assert_same(actual, expected, what):
         assert_bits_equal(actual[name], tensor, f"{what}: {name}")
 
 
+def is_close(seen, want):
+    """Of a whole model the same products may be added up in another order."""
+    return torch.allclose(seen, want, rtol=1e-5, atol=1e-6)
+
+
 class Loop:
     """The average of a model as a loop over its shards."""
 
@@ -62,7 +72,7 @@ class Loop:
 
 
 def join_accelerate():
-    """Makes these ranks known to accelerate, which has FSDP for accelerators alone, by their type."""
+    """Tells accelerate of these ranks: of accelerators, since it has no FSDP for the CPU."""
     world = str(dist.get_world_size())
     os.environ |= {"RANK": str(dist.get_rank()), "LOCAL_RANK": str(dist.get_rank())}
     os.environ |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "OMP_NUM_THREADS": "1"}
@@ -178,7 +188,7 @@ def loop_with_accelerate(folder):
             average = whole(ema.named_emas())
             with ema.swapped(), torch.no_grad():
                 seen = model.eval()(**batch(9))["logits"]
-                assert torch.equal(seen, logits(average, batch(9)["x"]))
+                assert is_close(seen, logits(average, batch(9)["x"]))
                 model.train()
             if step == 1:
                 accelerator.save_state(f"{folder}/accelerate")
@@ -266,7 +276,7 @@ def in_the_trainer(folder):
             x = torch.stack([s["x"] for s in data(4)])[2 * dist.get_rank() :][:2]
             assert len(model.seen) == 4
             for seen, average in zip(model.seen, watch.averages, strict=True):
-                assert torch.equal(seen, logits(average, x))
+                assert is_close(seen, logits(average, x))
             ends = whole(model.named_parameters()), whole(manager.named_emas())
             assert_same(ends[1], watch.averages[-1], "after the last evaluation")
             dist.barrier()  # The first process has written it.
@@ -286,3 +296,118 @@ def in_the_trainer(folder):
 
 def test_the_trainer(two, tmp_path):
     two(in_the_trainer, str(tmp_path))
+
+
+# ---- Lightning
+
+
+class Module(pl.LightningModule):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 1))
+        self.seen, self.raws = [], []
+
+    def configure_model(self):
+        if not isinstance(self.net[0].weight, DTensor):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.net[1], mesh=mesh)
+            fully_shard(self.net, mesh=mesh)
+
+    def training_step(self, x):
+        return self.net(x).square().mean()
+
+    def validation_step(self, x):
+        self.seen.append(self.net(x))
+
+    def on_train_batch_end(self, outputs, x, batch_idx):
+        self.raws.append(whole(self.named_parameters()))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.05)
+
+
+class Average(pl.Callback):
+    """The average as a loop, compared at every step."""
+
+    def __init__(self, ema):
+        self.ema, self.averages = ema, []
+
+    def on_train_start(self, trainer, module):
+        self.loop = Loop(module, 0.25)
+        self.loop.ema = {n: t._local_tensor.clone() for n, t in self.ema.manager.named_emas()}
+
+    def on_train_batch_end(self, trainer, module, outputs, x, batch_idx):
+        self.loop.update(module)
+        self.loop.check(self.ema.manager, trainer.global_step)
+        self.averages.append(whole(self.ema.manager.named_emas()))
+
+
+def inputs():
+    return torch.randn(12, 6, generator=torch.Generator().manual_seed(1))
+
+
+def fitted(folder, seed, deploy, is_distributed, **more):
+    """Three steps an epoch."""
+    strategy = ModelParallelStrategy(2, 1, is_distributed, process_group_backend="gloo")
+    ema = EMA(momentum=0.25, deploy=deploy)
+    average = Average(ema)
+    every = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy,
+        max_epochs=2,
+        callbacks=[ema, average, every],
+        default_root_dir=folder,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Module(seed)
+    loader = DataLoader(inputs(), 2)
+    if "validate" in more:
+        trainer.validate(module, loader, ckpt_path=more["validate"], verbose=False)
+    else:
+        trainer.fit(module, loader, loader, **more)
+    return module, ema, average
+
+
+def outputs(weights):
+    module = Module()
+    module.load_state_dict(weights)
+    with torch.no_grad():
+        return [module.net(x) for x in inputs()[dist.get_rank() :: 2].split(2)]
+
+
+def in_lightning(folder, deploy, is_distributed):
+    os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "NODE_RANK": "0"}
+    module, ema, average = fitted(f"{folder}/out", 0, deploy, is_distributed)
+    assert ema.manager.num_updates == len(average.averages) == 6
+    assert all(isinstance(p, DTensor) for p in module.parameters())
+    # The sanity check has seen two batches; then each epoch's end three.
+    for epoch in (0, 1):
+        want = outputs(average.averages[3 * epoch + 2])
+        assert not any(map(is_close, want, outputs(module.raws[3 * epoch + 2])))
+        assert all(map(is_close, module.seen[2 + 3 * epoch :][:3], want))
+    end = average.averages[-1] if deploy == "ema" else module.raws[-1]
+    assert_same(whole(module.named_parameters()), end, "after fit")
+
+    path = f"{folder}/out/epoch=0.ckpt"
+    assert os.path.isdir(path) == is_distributed
+    again, ema, averages = fitted(f"{folder}/again", 7, deploy, is_distributed, ckpt_path=path)
+    assert ema.manager.num_updates == 6
+    for resumed, straight in zip(again.raws, module.raws[3:], strict=True):
+        assert_same(resumed, straight, "resumed: the model")
+    for resumed, straight in zip(averages.averages, average.averages[3:], strict=True):
+        assert_same(resumed, straight, "resumed: the average")
+
+    other, _, _ = fitted(f"{folder}/other", 5, deploy, is_distributed, validate=path)
+    assert len(other.seen) == 3
+    assert all(map(is_close, other.seen, outputs(average.averages[2])))
+
+
+@pytest.mark.parametrize("deploy", ["ema", "raw"])
+@pytest.mark.parametrize("is_distributed", [True, False])
+def test_lightning(two, tmp_path, deploy, is_distributed):
+    two(in_lightning, str(tmp_path), deploy, is_distributed)
