@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState, P
 from lightning.pytorch.strategies import ModelParallelStrategy
 from ranks import Ranks
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -352,13 +353,14 @@ def fitted(folder, seed, deploy, is_distributed, **more):
     strategy = ModelParallelStrategy(2, 1, is_distributed, process_group_backend="gloo")
     ema = EMA(momentum=0.25, deploy=deploy)
     average = Average(ema)
+    averaging = [ema, average] if more.pop("is_averaged", True) else []
     every = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=2,
         strategy=strategy,
         max_epochs=2,
-        callbacks=[ema, average, every],
+        callbacks=[*averaging, every],
         default_root_dir=folder,
         logger=False,
         enable_progress_bar=False,
@@ -369,7 +371,9 @@ def fitted(folder, seed, deploy, is_distributed, **more):
     if "validate" in more:
         trainer.validate(module, loader, ckpt_path=more["validate"], verbose=False)
     else:
-        trainer.fit(module, loader, loader, **more)
+        trainer.fit(module, loader, loader, ckpt_path=more.get("ckpt_path"))
+    if "after" in more:
+        trainer.save_checkpoint(more["after"])
     return module, ema, average
 
 
@@ -380,9 +384,19 @@ def outputs(weights):
         return [module.net(x) for x in inputs()[dist.get_rank() :: 2].split(2)]
 
 
+def saved(path, is_distributed):
+    """What of a checkpoint is weights; the file itself where it is one."""
+    if not is_distributed:
+        return torch.load(path, weights_only=True)
+    whole_file = f"{path}.{dist.get_rank()}.whole"
+    dcp_to_torch_save(path, whole_file)
+    return torch.load(whole_file, weights_only=True)["state_dict"]
+
+
 def in_lightning(folder, deploy, is_distributed):
     os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "NODE_RANK": "0"}
-    module, ema, average = fitted(f"{folder}/out", 0, deploy, is_distributed)
+    after = f"{folder}/after"
+    module, ema, average = fitted(f"{folder}/out", 0, deploy, is_distributed, after=after)
     assert ema.manager.num_updates == len(average.averages) == 6
     assert all(isinstance(p, DTensor) for p in module.parameters())
     # The sanity check has seen two batches; then each epoch's end three.
@@ -392,6 +406,19 @@ def in_lightning(folder, deploy, is_distributed):
         assert all(map(is_close, module.seen[2 + 3 * epoch :][:3], want))
     end = average.averages[-1] if deploy == "ema" else module.raws[-1]
     assert_same(whole(module.named_parameters()), end, "after fit")
+
+    main, prefix, beside = average.averages[-1], "current_model_state.", module.raws[-1]
+    if deploy == "raw":
+        main, prefix, beside = beside, "fused_ema.", main
+    held = saved(after, is_distributed)
+    if is_distributed:
+        assert_same(held, main | {prefix + name: t for name, t in beside.items()}, "saved")
+    else:
+        assert_same(held["state_dict"], main, "saved")
+        own = held["fused_ema"]["manager"]["ema"]
+        assert_same(own, average.averages[-1], "saved beside")
+        if deploy == "ema":
+            assert_same(held["current_model_state"], beside, "saved beside")
 
     path = f"{folder}/out/epoch=0.ckpt"
     assert os.path.isdir(path) == is_distributed
@@ -411,3 +438,20 @@ def in_lightning(folder, deploy, is_distributed):
 @pytest.mark.parametrize("is_distributed", [True, False])
 def test_lightning(two, tmp_path, deploy, is_distributed):
     two(in_lightning, str(tmp_path), deploy, is_distributed)
+
+
+def without_an_average(folder):
+    os.environ |= {"LOCAL_RANK": str(dist.get_rank()), "NODE_RANK": "0"}
+    for is_distributed in (True, False):
+        out = f"{folder}/{is_distributed}"
+        straight, _, _ = fitted(out, 0, "ema", is_distributed, is_averaged=False)
+        path = f"{out}/epoch=0.ckpt"
+        with pytest.warns(UserWarning, match="has no average; it starts from the checkpoint's"):
+            again, _, average = fitted(out, 7, "ema", is_distributed, ckpt_path=path)
+        assert_same(again.raws[-1], straight.raws[-1], "the model")
+        want = {n: t.lerp(again.raws[0][n], 0.25) for n, t in straight.raws[2].items()}
+        assert_same(average.averages[0], want, "the average")
+
+
+def test_a_checkpoint_of_lightning_s_without_an_average(two, tmp_path):
+    two(without_an_average, str(tmp_path))
