@@ -35,6 +35,13 @@ def two():
     ranks.stop()
 
 
+@pytest.fixture(scope="module")
+def one():
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
 def whole(named):
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
@@ -337,6 +344,7 @@ class Average(pl.Callback):
     def on_train_start(self, trainer, module):
         self.loop = Loop(module, 0.25)
         self.loop.ema = {n: t._local_tensor.clone() for n, t in self.ema.manager.named_emas()}
+        self.start = whole(self.ema.manager.named_emas()), whole(module.named_parameters())
 
     def on_train_batch_end(self, trainer, module, outputs, x, batch_idx):
         self.loop.update(module)
@@ -350,14 +358,15 @@ def inputs():
 
 def fitted(folder, seed, deploy, is_distributed, **more):
     """Three steps an epoch."""
-    strategy = ModelParallelStrategy(2, 1, is_distributed, process_group_backend="gloo")
+    world = dist.get_world_size()
+    strategy = ModelParallelStrategy(world, 1, is_distributed, process_group_backend="gloo")
     ema = EMA(momentum=0.25, deploy=deploy)
     average = Average(ema)
     averaging = [ema, average] if more.pop("is_averaged", True) else []
     every = pl.callbacks.ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=2,
+        devices=world,
         strategy=strategy,
         max_epochs=2,
         callbacks=[*averaging, every],
@@ -434,10 +443,25 @@ def in_lightning(folder, deploy, is_distributed):
     assert all(map(is_close, other.seen, outputs(average.averages[2])))
 
 
+def on_fewer(folder, deploy):
+    os.environ |= {"LOCAL_RANK": "0", "NODE_RANK": "0"}
+    path = f"{folder}/out/epoch=0.ckpt"
+    held = saved(path, True)
+    main = {name: t for name, t in held.items() if name.startswith("net.")}
+    prefix = "current_model_state." if deploy == "ema" else "fused_ema."
+    beside = {name: held[prefix + name] for name in main}
+    _, ema, average = fitted(f"{folder}/one", 7, deploy, True, ckpt_path=path)
+    assert ema.manager.num_updates == 3 + 6  # One process has six batches an epoch.
+    assert_same(average.start[0], main if deploy == "ema" else beside, "the average")
+    assert_same(average.start[1], beside if deploy == "ema" else main, "the model")
+
+
 @pytest.mark.parametrize("deploy", ["ema", "raw"])
 @pytest.mark.parametrize("is_distributed", [True, False])
-def test_lightning(two, tmp_path, deploy, is_distributed):
+def test_lightning(two, one, tmp_path, deploy, is_distributed):
     two(in_lightning, str(tmp_path), deploy, is_distributed)
+    if is_distributed:
+        one(on_fewer, str(tmp_path), deploy)
 
 
 def without_an_average(folder):
