@@ -154,8 +154,12 @@ def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     if fast:
         ops.copy_([d for d, _ in fast], [s for _, s in fast])
     rest = [pair for pair, done in zip(pairs, is_fast, strict=True) if not done]
-    if rest:
+    if len(rest) == 1:
+        # A counter that is assigned anew in every step: 2 us instead of 12.
+        rest[0][0].copy_(rest[0][1])
+    elif rest:
         torch._foreach_copy_([d for d, _ in rest], [s for _, s in rest])
+    if rest:
         _caches.drop()
 
 

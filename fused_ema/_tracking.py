@@ -70,12 +70,9 @@ class _Watch:
             return changed
         return [i for i, owned in enumerate(self.dicts) if not _holds(owned, self.held[i])]
 
-    def take_over(self, index: int) -> None:
-        """Takes the values that a dict has now, under the keys that it had."""
-        held, values = self.held[index], self.dicts[index].values()
-        held[1::2] = [
-            ... if old is ... else value for old, value in zip(held[1::2], values, strict=True)
-        ]
+    def pass_over(self, index: int, position: int) -> None:
+        """Takes any value from now on under one of the keys that a dict had."""
+        self.held[index][2 * position + 1] = ...
         self.versions[8 * index : 8 * index + 8] = bytes(8)
 
 
@@ -87,6 +84,20 @@ def _holds(owned: dict[str, Any], held: Sequence[object]) -> bool:
 
 
 NUM_TURNS = 8
+
+
+@dataclass(eq=False)
+class _Moving:
+    """A buffer that a module has assigned anew, and may again in every step."""
+
+    owned: dict[str, Any]
+    key: str
+    tensor: object
+    """What was taken over last."""
+    names: Sequence[str]
+
+    def has_changed(self) -> bool:
+        return self.owned.get(self.key) is not self.tensor
 
 
 class Tree:
@@ -117,12 +128,18 @@ class Tree:
         ]
         self._turn = 0
         self._changed: list[int] = []
+        # The watches pass over them: these are asked one by one.
+        self._moving: list[_Moving] = []
         # Of each dict of buffers, by id: what stands before its keys in names.
         self._prefixes = {} if prefixes is None else prefixes
 
     def is_current(self) -> bool:
         """Whether every module still holds the very tensors and children that it held."""
-        return not self._filled.changed() and not any(watch.changed() for watch in self._empty)
+        return not (
+            self._filled.changed()
+            or any(watch.changed() for watch in self._empty)
+            or any(place.has_changed() for place in self._moving)
+        )
 
     def is_current_so_far(self) -> bool:
         """The same in every step, cheaper: empty dicts, most of a model's, are asked in turns.
@@ -132,7 +149,9 @@ class Tree:
         """
         self._turn = (self._turn + 1) % NUM_TURNS
         self._changed = self._filled.changed()
-        return not self._changed and not self._empty[self._turn].changed()
+        if self._changed or self._empty[self._turn].changed():
+            return False
+        return not self._moving or not any(place.has_changed() for place in self._moving)
 
     def buffers_assigned_anew(self, so_far: bool = False) -> Mapping[str, Tensor] | None:
         """Name to tensor, where nothing but buffers has changed since; None where more has.
@@ -140,26 +159,38 @@ class Tree:
         Args:
             so_far: As is_current_so_far(), which has just been asked, knows it.
         """
-        found: dict[str, Tensor] = {}
         if not so_far:
             self._changed = self._filled.changed()
         for index in self._changed:
             owned, held = self._filled.dicts[index], self._filled.held[index]
             if id(owned) not in self._prefixes or [*owned] != held[::2]:
                 return None
-            for (key, value), old in zip(owned.items(), held[1::2], strict=True):
+            for position, (key, value) in enumerate(owned.items()):
+                old = held[2 * position + 1]
                 if value is not old and old is not ...:
-                    if not isinstance(value, Tensor) or not isinstance(old, Tensor):
+                    if not isinstance(old, Tensor):
                         return None
-                    for prefix in self._prefixes[id(owned)]:
-                        found[prefix + key] = value
+                    names = [prefix + key for prefix in self._prefixes[id(owned)]]
+                    self._moving.append(_Moving(owned, key, old, names))
+                    self._filled.pass_over(index, position)
+        self._changed = []
         empty = [self._empty[self._turn]] if so_far else self._empty
-        return None if any(watch.changed() for watch in empty) else found
+        if any(watch.changed() for watch in empty):
+            return None
+        found: dict[str, Tensor] = {}
+        for place in self._moving:
+            if place.has_changed():
+                value = place.owned.get(place.key)
+                if not isinstance(value, Tensor):
+                    return None
+                for name in place.names:
+                    found[name] = value
+        return found
 
     def take_over_buffers(self) -> None:
         """What buffers_assigned_anew() found is what there is from now on."""
-        for index in self._changed:
-            self._filled.take_over(index)
+        for place in self._moving:
+            place.tensor = place.owned[place.key]
 
 
 def read(model: nn.Module) -> Tree:

@@ -106,14 +106,18 @@ def test_conversions_that_swap_the_tensors():
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model = nn.Linear(3, 3)
-        ema = EMAManager(model, 0.25)
+        with pytest.warns(UserWarning, match="convert and load first, or keep the state"):
+            ema = EMAManager(model, 0.25)
         with torch.no_grad():
             model.weight.add_(1)
         ema.update()
+        with pytest.raises(RuntimeError, match="Couldn't swap"):
+            model.double()  # The trap; without kernels nothing holds them.
         kept = copy.deepcopy(ema.state_dict())
         del ema
         model.double()
-        ema = EMAManager(model, 0.25)
+        with pytest.warns(UserWarning, match="convert and load first"):
+            ema = EMAManager(model, 0.25)
         ema.load_state_dict(kept | {"ema_dtypes": kept["ema_dtypes"]})
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)

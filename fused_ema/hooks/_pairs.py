@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fused_ema import _storage, _tracking, ops
 from fused_ema._foreach import DTYPE_PAIRS
+from fused_ema._slots import is_alike
 from fused_ema.ops import Form
 from fused_ema.plan import Plan
 
@@ -299,7 +300,7 @@ class Follower:
         met: set[tuple[int, int]] = set()
         for place in places:
             was, now = place.tensor, place.owner.get(place.key)
-            if not (place.is_alone and was is not None and now is not None and _fits(was, now)):
+            if not (place.is_alone and was is not None and now is not None and is_alike(was, now)):
                 return False
             if id(now) in self._known[place.side] or (place.side, id(now)) in met:
                 return False  # They are tied now.
@@ -373,14 +374,3 @@ class Follower:
             is_alone = owned[known] == 1 and self._known[side][known] <= 1
             pair = pair_of.get(known)
             yield _Place(module._buffers, key, tensor, side, (held, position), pair, is_alone)
-
-
-def _fits(was: Tensor, now: Tensor) -> bool:
-    """Whether one tensor can take another's place without any further question."""
-    return (
-        type(was) is type(now)
-        and was.shape == now.shape
-        and was.dtype == now.dtype
-        and was.device == now.device
-        and was.layout == now.layout
-    )

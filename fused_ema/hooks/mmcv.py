@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from fused_ema import _checks, _storage, _tracking, schedules
-from fused_ema._slots import Slot
+from fused_ema._slots import Slot, is_alike
 from fused_ema.hooks import required
 from fused_ema.hooks._pairs import Pairs
 
@@ -74,6 +74,7 @@ class _Tracked(NamedTuple):
         mirrors: The averages of the other names of tied tensors.
         mirrored: What they show.
         aliases: Pairs of tensors that are one memory, which one of them may leave.
+        places: Where a tensor stands in the pairs, by name; without the tied ones.
     """
 
     tree: _tracking.Tree
@@ -83,6 +84,7 @@ class _Tracked(NamedTuple):
     mirrors: list[Tensor]
     mirrored: list[Tensor]
     aliases: list[tuple[Tensor, Tensor]]
+    places: dict[str, int]
 
     def are_tied(self) -> bool:
         """Whether what was one memory still is."""
@@ -226,8 +228,9 @@ class BaseEMAHook(_Hook):
         """
         if (runner.iter + 1) % self.interval != 0:
             return
-        if not (self._tracked.tree.is_current_so_far() and self._tracked.are_tied()):
-            self._follow("after_train_iter")
+        is_current = self._tracked.tree.is_current_so_far()
+        if not (is_current and self._tracked.are_tied()):
+            self._follow("after_train_iter", so_far=not is_current)
         self._tracked.pairs.update(self.get_momentum(runner), "mul_add")
         self._tracked.mirror()
         self._has_begun = True
@@ -271,12 +274,42 @@ class BaseEMAHook(_Hook):
         state = model.state_dict(keep_vars=True)
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
-    def _follow(self, op: str) -> None:
+    def _follow_buffers(self, so_far: bool) -> bool:
+        """Takes over buffers that were assigned anew; False where that isn't all."""
+        tracked = self._tracked
+        anew = tracked.tree.buffers_assigned_anew(so_far)
+        if anew is None or not tracked.are_tied():
+            return False
+        averages = set(self.param_ema_buffer.values())
+        known = {id(tensor) for tensor in tracked.tensors.values()}
+        for name, now in anew.items():
+            if name in averages or id(now) in known:
+                return False
+            known.add(id(now))
+            if name in tracked.tensors:
+                was = tracked.tensors[name]
+                if name not in tracked.places or not is_alike(was, now):
+                    return False
+        places = {
+            tracked.places[name]: (None, anew[name]) for name in anew if name in tracked.tensors
+        }
+        tracked.tensors.update({name: anew[name] for name in anew if name in tracked.tensors})
+        self._tracked = tracked._replace(pairs=tracked.pairs.with_others(places))
+        tracked.tree.take_over_buffers()
+        return True
+
+    def _follow(self, op: str, so_far: bool = False) -> None:
         """Takes over buffers that were assigned anew, and tensors that are no longer tied.
+
+        Args:
+            op: For the error.
+            so_far: As is_current_so_far(), which has just been asked, knows it.
 
         Raises:
             RuntimeError: Anything else has changed.
         """
+        if self._follow_buffers(so_far):
+            return
         assert self._model is not None
         was, now = self._tracked.tensors, self._tensors_of(self._model)
         changes = [f"'{name}' is gone" for name in was if name not in now]
@@ -414,8 +447,8 @@ def _buffer_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _pairs_of(
     tensors: Mapping[str, Tensor], emas: Mapping[str, Tensor]
-) -> tuple[Pairs, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """What follows from tensors and averages: the pairs, mirrors, mirrored and aliases."""
+) -> tuple[Pairs, list[Tensor], list[Tensor], list[tuple[Tensor, Tensor]], dict[str, int]]:
+    """What follows from tensors and averages: pairs, mirrors, mirrored, aliases and places."""
     members = [_tracking.Member(name, tensor, False) for name, tensor in tensors.items()]
     groups = _tracking.group_tied(members)
     firsts = [group[0] for group in groups]
@@ -430,7 +463,12 @@ def _pairs_of(
                 aliases.append((slot.param, member.tensor))
     names = [first.name for first in firsts]
     pairs = Pairs([emas[name] for name in names], [first.tensor for first in firsts], names)
-    return pairs, mirrors, mirrored, aliases
+    places = {
+        group[0].name: pairs.place_of((id(emas[group[0].name]), id(group[0].tensor)))
+        for group in groups
+        if len(group) == 1
+    }
+    return pairs, mirrors, mirrored, aliases, places
 
 
 def _track(model: nn.Module, tensors: Mapping[str, Tensor], buffers: Mapping[str, str]) -> _Tracked:

@@ -602,6 +602,26 @@ def test_buffers_that_are_assigned_anew_are_followed(skip_buffers):
     assert_same_run(run(make_runner(Assigning(), hooks=[mine])), train(theirs))
 
 
+def test_a_buffer_that_is_assigned_anew_costs_no_walk_of_the_model(monkeypatch):
+    calls = []
+    track = ours._track
+    monkeypatch.setattr(ours, "_track", lambda *given: calls.append(1) or track(*given))
+    mine, _ = both("EMAHook")
+    run(make_runner(Assigning(), hooks=[mine]))
+    assert len(calls) == 1  # when the run begins
+
+
+def test_a_buffer_that_is_tied_to_another_meanwhile_is_averaged_as_one():
+    mine, _ = both("EMAHook")
+
+    def tie(model):
+        model.stem[1].running_var = model.stem[1].running_mean
+
+    made = make_runner(Model(), hooks=[mine, At(1, tie)], runner=IterBasedRunner)
+    at_end = run(made)[-1][1]
+    same(at_end["ema_stem_1_running_var"], at_end["ema_stem_1_running_mean"], "tied")
+
+
 class At(Hook):
     """Does something to the model after an iteration."""
 
