@@ -73,6 +73,10 @@ class EMACallback(_Callback):
     bit. With ``load_best_model_at_end`` the average of the best checkpoint is loaded with its
     weights; where it has none, the average starts from them, with a warning.
 
+    With FSDP2 (``"version": 2`` in ``fsdp_config``) each process averages its shards. The average
+    is then a folder ``ema`` of torch.distributed.checkpoint, which all processes write, and any
+    number of them reads.
+
     The manager is made when training starts, and is the attribute :attr:`manager`.
 
     Args:

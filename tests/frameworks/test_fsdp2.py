@@ -237,7 +237,7 @@ class Watch(TrainerCallback):
     """The average as a loop, compared at every step."""
 
     def __init__(self):
-        self.loop, self.ema, self.averages = None, None, []
+        self.loop, self.ema, self.averages, self.raws = None, None, [], []
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if self.loop is None:
@@ -245,9 +245,10 @@ class Watch(TrainerCallback):
             self.loop.ema = {n: t._local_tensor.clone() for n, t in self.ema.manager.named_emas()}
         self.loop.update(model)
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args, state, control, model, **kwargs):
         self.loop.check(self.ema.manager, state.global_step)
         self.averages.append(whole(self.ema.manager.named_emas()))
+        self.raws.append(whole(model.named_parameters()))
 
 
 def trainer_of(folder, seed, version=2, **options):
@@ -257,7 +258,9 @@ def trainer_of(folder, seed, version=2, **options):
         **{"output_dir": folder, "use_cpu": True, "fsdp": True, "fsdp_config": config},
         **{"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2},
         **{"max_steps": 4, "learning_rate": 0.05},
-        **{"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2},
+        **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+        # The loss falls: so the first checkpoint is the "best" one.
+        **{"metric_for_best_model": "loss", "greater_is_better": True},
         **{"logging_strategy": "no", "report_to": [], "disable_tqdm": True, **options},
     )
     watch = Watch()
@@ -280,9 +283,9 @@ def in_the_trainer(folder):
             trainer.train()
             model, manager = trainer.model, watch.ema.manager
             assert all(isinstance(p, DTensor) for p in model.parameters())
-            assert manager.num_updates == len(watch.averages) == 4
+            assert manager.num_updates == 4
             x = torch.stack([s["x"] for s in data(4)])[2 * dist.get_rank() :][:2]
-            assert len(model.seen) == 4
+            assert len(model.seen) == len(watch.averages) == 2
             for seen, average in zip(model.seen, watch.averages, strict=True):
                 assert is_close(seen, logits(average, x))
             ends = whole(model.named_parameters()), whole(manager.named_emas())
@@ -295,11 +298,15 @@ def in_the_trainer(folder):
                 assert [name for name in files if "ema" in name] == ["ema"]
                 assert os.path.isfile(f"{out}/checkpoint-{step}/ema/.metadata")
 
-            trainer, watch = trainer_of(out, 1, kind=kind)
+            first = watch.raws[0], watch.averages[0]
+            trainer, watch = trainer_of(out, 1, kind=kind, load_best_model_at_end=True)
             trainer.train(resume_from_checkpoint=f"{out}/checkpoint-2")
-            assert len(watch.averages) == 2
-            assert_same(whole(trainer.model.named_parameters()), ends[0], "resumed: the model")
-            assert_same(whole(watch.ema.manager.named_emas()), ends[1], "resumed: the average")
+            (raw,), (average,) = watch.raws, watch.averages
+            assert_same(raw, ends[0], "resumed: the model")
+            assert_same(average, ends[1], "resumed: the average")
+            assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+            assert_same(whole(trainer.model.named_parameters()), first[0], "the best: the model")
+            assert_same(whole(watch.ema.manager.named_emas()), first[1], "the best: the average")
 
 
 def test_the_trainer(two, tmp_path):
