@@ -29,15 +29,14 @@ void prefetch_tensors(PyObject** items) {
   }
 }
 
-// The tensors of a Python list for the time of a call. The objects are held, not the tensors: where
-// Python alone held a tensor, torch takes and drops the object's reference with the tensor's second
-// one, under the GIL each time, a third of a call on 500.
-class Borrowed {
+// The tensors of a Python list. The objects are held, not the tensors: where Python alone held a
+// tensor, torch takes and drops the object's reference with the tensor's second one, under the GIL
+// each time, a third of a one-shot call on 500.
+class Held {
  public:
-  Borrowed() = default;
-  Borrowed(Borrowed&&) = default;
-  ~Borrowed() {
-    for (at::Tensor& tensor : tensors_) Traits::destroyBorrow(tensor);
+  Held() = default;
+  Held(Held&&) = default;
+  ~Held() {
     for (PyObject* object : objects_) Py_DECREF(object);
   }
   void reserve(size_t size) {
@@ -46,25 +45,49 @@ class Borrowed {
   }
   void add(PyObject* object) {
     objects_.push_back(Py_NewRef(object));
-    tensors_.push_back(Traits::createBorrow(THPVariable_Unpack(object)));
+    tensors_.push_back(THPVariable_Unpack(object));
   }
-  const Tensors& tensors() const { return tensors_; }
+  void reread() {
+    tensors_.clear();
+    for (PyObject* object : objects_) tensors_.push_back(THPVariable_Unpack(object));
+  }
+  bool is_in_place(size_t i) const {
+    return THPVariable_Unpack(objects_[i]).is_same(tensors_.get()[i]);
+  }
+  const Tensors& tensors() const { return tensors_.get(); }
 
  private:
-  using Traits = c10::MaybeOwnedTraits<at::Tensor>;
-  Tensors tensors_;
+  BorrowedTensors tensors_;
   std::vector<PyObject*> objects_;
 };
 
+class HeldLists : public TensorLists {
+ public:
+  HeldLists(Held first, Held second) : first_(std::move(first)), second_(std::move(second)) {}
+  void reread() override {
+    first_.reread();
+    second_.reread();
+  }
+  const Tensors& first() const override { return first_.tensors(); }
+  const Tensors& second() const override { return second_.tensors(); }
+  bool are_in_place(size_t pair) const override {
+    return first_.is_in_place(pair) && second_.is_in_place(pair);
+  }
+
+ private:
+  Held first_;
+  Held second_;
+};
+
 // Walks the list itself: torch's caster for vectors of tensors takes twice as long per tensor.
-Borrowed unpack(const char* op, const char* side, PyObject* list) {
+Held unpack(const char* op, const char* side, PyObject* list) {
   if (!PyList_Check(list) && !PyTuple_Check(list)) {
     throw py::type_error(std::string("fused_ema.") + op + ": " + side + " is a " +
                          Py_TYPE(list)->tp_name + "; pass a list or tuple of tensors");
   }
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
   PyObject** items = PySequence_Fast_ITEMS(list);
-  Borrowed tensors;
+  Held tensors;
   tensors.reserve(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
     if (i + kTensorsAhead < size) prefetch_tensors(items + i);
@@ -93,23 +116,23 @@ Operation parse_update(const char* op, py::handle momentum, const std::string& f
 }
 
 void py_update(py::handle ema, py::handle params, py::handle momentum, const std::string& form) {
-  const Borrowed a = unpack("update_", "ema", ema.ptr());
-  const Borrowed b = unpack("update_", "params", params.ptr());
+  const Held a = unpack("update_", "ema", ema.ptr());
+  const Held b = unpack("update_", "params", params.ptr());
   const Operation operation = parse_update("update_", momentum, form);
   const py::gil_scoped_release no_gil;
   run_once(kUpdateSignature, a.tensors(), b.tensors(), operation);
 }
 
 void py_swap(py::handle first, py::handle second) {
-  const Borrowed a = unpack("swap_", "a", first.ptr());
-  const Borrowed b = unpack("swap_", "b", second.ptr());
+  const Held a = unpack("swap_", "a", first.ptr());
+  const Held b = unpack("swap_", "b", second.ptr());
   const py::gil_scoped_release no_gil;
   swap_(a.tensors(), b.tensors());
 }
 
 void py_copy(py::handle dst, py::handle src) {
-  const Borrowed a = unpack("copy_", "dst", dst.ptr());
-  const Borrowed b = unpack("copy_", "src", src.ptr());
+  const Held a = unpack("copy_", "dst", dst.ptr());
+  const Held b = unpack("copy_", "src", src.ptr());
   const py::gil_scoped_release no_gil;
   copy_(a.tensors(), b.tensors());
 }
@@ -187,9 +210,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Plan>(m, "Plan")
       .def(py::init([](py::handle ema, py::handle params, std::vector<std::string> names,
                        bool only_moves) {
-             return std::make_unique<Plan>(unpack("Plan", "ema", ema.ptr()).tensors(),
-                                           unpack("Plan", "params", params.ptr()).tensors(),
-                                           std::move(names), only_moves);
+             auto lists = std::make_unique<HeldLists>(unpack("Plan", "ema", ema.ptr()),
+                                                      unpack("Plan", "params", params.ptr()));
+             const auto exchanges = py::module_::import("torch.__future__")
+                                        .attr("get_swap_module_params_on_conversion")();
+             return std::make_unique<Plan>(std::move(lists), std::move(names), only_moves,
+                                           exchanges.cast<bool>());
            }),
            py::arg("ema"), py::arg("params"), py::arg("names"), py::arg("only_moves") = false)
       .def("update",

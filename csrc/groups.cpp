@@ -305,13 +305,13 @@ void check_device_momentum(const char* op, const Groups& groups, const Operation
                       "; pass a float, or a momentum on the tensors' device");
   };
   for (const Group& group : groups.groups) check(group.device);
-  for (const at::Tensor& tensor : groups.fallback_a) check(tensor.device());
+  for (const at::Tensor& tensor : groups.fallback_a.get()) check(tensor.device());
 }
 
 void run(Groups& groups, const Operation& operation) {
   using Kind = Operation::Kind;
-  const Tensors& a = groups.fallback_a;
-  const Tensors& b = groups.fallback_b;
+  const Tensors& a = groups.fallback_a.get();
+  const Tensors& b = groups.fallback_b.get();
   std::optional<fallback::Temporaries> temporaries;
   if (operation.kind == Kind::kUpdate) {
     temporaries = fallback::Temporaries::for_update(a, b, operation.momentum, operation.form);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "borrowed.h"
 #include "checks.h"
 #include "cpu/launch.h"
 #include "tiles.h"
@@ -41,8 +42,8 @@ struct Group {
 struct Groups {
   std::vector<Group> groups;
   // Pairs without a kernel.
-  Tensors fallback_a;
-  Tensors fallback_b;
+  BorrowedTensors fallback_a;
+  BorrowedTensors fallback_b;
 
   // Whether any of the work is done by another device than the CPU.
   bool has_launches() const {

@@ -44,12 +44,49 @@ bool has_geometry(const c10::TensorImpl& tensor, const int64_t* saved) {
          std::equal(strides.begin(), strides.end(), saved + 1 + sizes.size());
 }
 
+std::vector<Plan::GroupFacts> facts_of(const Groups& groups) {
+  using GroupFacts = Plan::GroupFacts;
+  std::vector<GroupFacts> facts;
+  for (const Group& group : groups.groups) {
+    facts.push_back({service_of(group.device).backend, group.device.str(),
+                     dtype_name(dtypes_of(group.pair).a), dtype_name(dtypes_of(group.pair).b),
+                     group.num_pairs, group.spans.num_elements});
+  }
+  // One entry per device and dtype pair of what torch serves, in order of first appearance.
+  const size_t first_fallback = facts.size();
+  const Tensors& fallback_a = groups.fallback_a.get();
+  const Tensors& fallback_b = groups.fallback_b.get();
+  for (size_t i = 0; i < fallback_a.size(); ++i) {
+    const at::Tensor& ema = fallback_a[i];
+    const at::Tensor& param = fallback_b[i];
+    const GroupFacts fact{"foreach",
+                          ema.device().str(),
+                          dtype_name(ema.scalar_type()),
+                          dtype_name(param.scalar_type()),
+                          1,
+                          ema.numel()};
+    const auto same =
+        std::find_if(facts.begin() + first_fallback, facts.end(), [&](const GroupFacts& other) {
+          return other.device == fact.device && other.ema_dtype == fact.ema_dtype &&
+                 other.param_dtype == fact.param_dtype;
+        });
+    if (same == facts.end()) {
+      facts.push_back(fact);
+    } else {
+      ++same->num_tensors;
+      same->num_elements += fact.num_elements;
+    }
+  }
+  return facts;
+}
+
 }  // namespace
 
-Plan::Plan(Tensors ema, Tensors params, std::vector<std::string> names, bool only_moves)
+Plan::Plan(std::unique_ptr<TensorLists> lists, std::vector<std::string> names, bool only_moves,
+           bool only_borrows)
     : signature_(only_moves ? kCopyPlanSignature : kPlanSignature),
-      ema_(std::move(ema)),
-      params_(std::move(params)),
+      only_borrows_(only_borrows),
+      lists_(std::move(lists)),
       names_(std::move(names)) {
   refresh();
   Registry& registry = Registry::registry();
@@ -64,8 +101,11 @@ Plan::~Plan() {
 }
 
 void Plan::refresh() {
-  const CheckedPairs checked = check_lists(signature_, ema_, params_, names_);
-  for (const Tensors* tensors : {&ema_, &params_}) {
+  lists_->reread();
+  const Tensors& ema = lists_->first();
+  const Tensors& params = lists_->second();
+  const CheckedPairs checked = check_lists(signature_, ema, params, names_);
+  for (const Tensors* tensors : {&ema, &params}) {
     for (const at::Tensor& tensor : *tensors) {
       // An upload recorded in a graph would read this host memory again at every replay.
       TORCH_CHECK(!tensor.is_cuda() || !is_capturing(tensor.device()),
@@ -75,13 +115,19 @@ void Plan::refresh() {
     }
   }
   auto state = std::make_unique<State>();
-  state->groups = make_groups(signature_, ema_, params_, checked);
+  state->groups = make_groups(signature_, ema, params, checked);
   // A new plan waits for its upload. One that is made anew inside a call must not, and need not:
   // a stream that isn't ordered after this one would already race on the emas.
   const bool is_new = num_refreshes_ < 0;
   upload_tables(state->groups, /*wait=*/is_new);
-  for (size_t i = 0; i < ema_.size(); ++i) {
-    for (const at::Tensor* tensor : {&ema_[i], &params_[i]}) {
+  state->facts = facts_of(state->groups);
+  for (size_t i = 0; i < ema.size(); ++i) {
+    if (only_borrows_ || !checked[i].has_memory) {
+      state->borrowed.push_back(i);
+    } else {
+      state->held.insert(state->held.end(), {ema[i], params[i]});
+    }
+    for (const at::Tensor* tensor : {&ema[i], &params[i]}) {
       if (!checked[i].has_memory) {
         state->wrappers.push_back(*tensor);
         state->wrapper_sizes.push_back(tensor->sizes().vec());
@@ -133,10 +179,13 @@ bool Plan::are_unchanged(int64_t begin, int64_t end) const {
 }
 
 bool Plan::is_stale() const {
-  for (size_t i = 0; i < state_->wrappers.size(); ++i) {
-    const at::Tensor& tensor = state_->wrappers[i];
-    if (tensor.sizes() != state_->wrapper_sizes[i]) return true;
-    if (tensor.scalar_type() != state_->wrapper_dtypes[i]) return true;
+  for (size_t pair : state_->borrowed) {
+    if (!lists_->are_in_place(pair)) return true;
+  }
+  const Tensors& wrappers = state_->wrappers.get();
+  for (size_t i = 0; i < wrappers.size(); ++i) {
+    if (wrappers[i].sizes() != state_->wrapper_sizes[i]) return true;
+    if (wrappers[i].scalar_type() != state_->wrapper_dtypes[i]) return true;
   }
   const auto size = static_cast<int64_t>(state_->seen.size());
   if (size <= kTensorsAChunk) return !are_unchanged<Cache::kFirst>(0, size);
@@ -168,40 +217,5 @@ void Plan::update(const Operation& operation) {
 void Plan::swap() { run_checked(Operation{Operation::Kind::kSwap}); }
 void Plan::copy_to_ema() { run_checked(Operation{Operation::Kind::kCopyToA}); }
 void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB}); }
-
-std::vector<Plan::GroupFacts> Plan::describe() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const Groups& groups = state_->groups;
-  std::vector<GroupFacts> facts;
-  for (const Group& group : groups.groups) {
-    facts.push_back({service_of(group.device).backend, group.device.str(),
-                     dtype_name(dtypes_of(group.pair).a), dtype_name(dtypes_of(group.pair).b),
-                     group.num_pairs, group.spans.num_elements});
-  }
-  // One entry per device and dtype pair of what torch serves, in order of first appearance.
-  const size_t first_fallback = facts.size();
-  for (size_t i = 0; i < groups.fallback_a.size(); ++i) {
-    const at::Tensor& ema = groups.fallback_a[i];
-    const at::Tensor& param = groups.fallback_b[i];
-    const GroupFacts fact{"foreach",
-                          ema.device().str(),
-                          dtype_name(ema.scalar_type()),
-                          dtype_name(param.scalar_type()),
-                          1,
-                          ema.numel()};
-    const auto same =
-        std::find_if(facts.begin() + first_fallback, facts.end(), [&](const GroupFacts& other) {
-          return other.device == fact.device && other.ema_dtype == fact.ema_dtype &&
-                 other.param_dtype == fact.param_dtype;
-        });
-    if (same == facts.end()) {
-      facts.push_back(fact);
-    } else {
-      ++same->num_tensors;
-      same->num_elements += fact.num_elements;
-    }
-  }
-  return facts;
-}
 
 }  // namespace fused_ema

@@ -4,6 +4,7 @@
 #include <memory>
 #include <mutex>
 
+#include "borrowed.h"
 #include "checks.h"
 #include "groups.h"
 #include "records.h"
@@ -12,9 +13,11 @@ namespace fused_ema {
 
 class Plan {
  public:
-  // Keeps the tensors alive. Raises what check_lists raises. only_moves: for exchanges and copies,
-  // of other dtypes too.
-  Plan(Tensors ema, Tensors params, std::vector<std::string> names, bool only_moves);
+  // Raises what check_lists raises. only_moves: for exchanges and copies, of other dtypes too.
+  // only_borrows: hold the objects of the lists, emas and params, but not their tensors, so that
+  // torch can exchange what is inside of them. Each call then asks every object first.
+  Plan(std::unique_ptr<TensorLists> lists, std::vector<std::string> names, bool only_moves,
+       bool only_borrows);
   ~Plan();
 
   // Any of these first compares every tensor with what the plan was made for, and makes the plan
@@ -34,7 +37,11 @@ class Plan {
     int64_t num_tensors;
     int64_t num_elements;
   };
-  std::vector<GroupFacts> describe() const;
+  // Of the tensors that the plan was made, or made anew, for.
+  std::vector<GroupFacts> describe() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return state_->facts;
+  }
   int64_t num_refreshes() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return num_refreshes_;
@@ -67,9 +74,13 @@ class Plan {
     std::vector<Seen> seen;
     std::vector<int64_t> geometry;
     // Wrappers, whose memory is their own affair; but torch would broadcast a changed shape.
-    Tensors wrappers;
+    BorrowedTensors wrappers;
     std::vector<std::vector<int64_t>> wrapper_sizes;
     std::vector<at::ScalarType> wrapper_dtypes;
+    Tensors held;
+    // Pairs that aren't held. Those with a wrapper never are: torch always exchanges these.
+    std::vector<size_t> borrowed;
+    std::vector<GroupFacts> facts;
   };
 
   void refresh();
@@ -80,8 +91,8 @@ class Plan {
   void run_checked(const Operation& operation);
 
   const Signature& signature_;
-  Tensors ema_;
-  Tensors params_;
+  const bool only_borrows_;
+  std::unique_ptr<TensorLists> lists_;
   std::vector<std::string> names_;
   std::unique_ptr<State> state_;
   int64_t num_refreshes_ = -1;  // the first making is none

@@ -11,8 +11,6 @@ import operator
 import warnings
 from collections.abc import Sequence
 
-import torch
-
 
 def number(where: str, name: str, value: float) -> float:
     """A real number as a float; TypeError otherwise."""
@@ -60,19 +58,6 @@ def warn_of_decay(where: str, momentum: float, stacklevel: int) -> None:
             f"fused_ema.{where}: momentum is {momentum}, so each update takes {momentum:.4g} of "
             f"the new value and keeps {1 - momentum:.4g} of the average; if it is a decay, pass "
             f"momentum={1 - momentum:.12g}",
-            UserWarning,
-            stacklevel=stacklevel + 1,
-        )
-
-
-def warn_of_swapped_conversions(where: str, stacklevel: int) -> None:
-    """Warns where torch converts modules by swapping tensors, which nobody else may hold then."""
-    if torch.__future__.get_swap_module_params_on_conversion():
-        warnings.warn(
-            f"fused_ema.{where}: torch.__future__.set_swap_module_params_on_conversion(True) is "
-            'set, so torch refuses model.to(), .half() and load_state_dict() ("Couldn\'t swap") '
-            "as long as something holds the tensors from C++, as this does; convert and load "
-            "first, or keep the state, drop this, convert, make it anew and load the state",
             UserWarning,
             stacklevel=stacklevel + 1,
         )

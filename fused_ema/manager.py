@@ -107,8 +107,7 @@ class EMAManager:
         RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows.
 
     Warns:
-        UserWarning: A constant momentum above 0.5, which most often is a decay; torch is set to
-            convert modules by swapping their tensors, which a manager makes impossible.
+        UserWarning: A constant momentum above 0.5, which most often is a decay.
 
     Example:
         >>> ema = fused_ema.EMAManager(model, momentum=0.001)
@@ -156,7 +155,6 @@ class EMAManager:
         self._momentum = _checks.momentum("EMAManager", momentum)
         if momentum_fun is None:
             _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=3)
-        _checks.warn_of_swapped_conversions("EMAManager", stacklevel=3)
         self._momentum_fun = momentum_fun
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
