@@ -65,8 +65,16 @@ def described(tensor: Tensor) -> str:
 
 def misfit(like: Tensor, given: Tensor) -> str:
     """Why no rank can take its part of what is given without the others; empty where it can."""
-    if not is_dtensor(given) or is_laid_alike(like, given):
+    if not is_dtensor(given):
         return ""
+    if is_laid_alike(like, given):
+        own, held = (cast(Any, t).device_mesh.get_coordinate() for t in (like, given))
+        if own == held:
+            return ""
+        return (
+            f"is the shard of the rank at {held}, not of this one at {own}, as in a file that one "
+            "rank has pickled; save with torch.distributed.checkpoint, which writes all shards"
+        )
     there = described(like) if is_dtensor(like) else " whole"
     return f"is{described(given)} but the model's tensor is{there}"
 

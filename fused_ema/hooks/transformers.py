@@ -6,7 +6,18 @@ For accelerate, or a loop of your own around it, no adapter is needed::
     ema = fused_ema.EMAManager(model, momentum=0.001)
     ema.register_step_post_hook(optimizer)  # real steps only: accumulated, not skipped
 
-but with DeepSpeed, where ``model`` is an engine: ``fused_ema.hooks.deepspeed.EngineEMA(model)``.
+``accelerator.register_for_checkpointing(ema)`` then makes ``save_state`` and ``load_state`` keep
+it. With FSDP2 accelerate writes the first process's shards alone of what is registered so, and
+loading them is an error. There torch.distributed.checkpoint saves it, for any number of processes::
+
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, folder: dcp.save({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
+    accelerator.register_load_state_pre_hook(
+        lambda models, folder: dcp.load({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
+
+With DeepSpeed, where ``model`` is an engine: ``fused_ema.hooks.deepspeed.EngineEMA(model)``.
 """
 
 from __future__ import annotations
@@ -21,12 +32,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _files, _options, required
+from fused_ema.hooks import _files, _options, _sharded, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
-__all__ = ["FILE_NAME", "EMACallback"]
+__all__ = ["FILE_NAME", "FOLDER_NAME", "EMACallback"]
 
 _TITLE = "fused_ema.hooks.transformers.EMACallback"
 _trainer_callback = required(
@@ -43,6 +54,8 @@ else:
 
 FILE_NAME = "ema.pt"
 """The average's file in each ``checkpoint-N``."""
+FOLDER_NAME = "ema"
+"""Its folder there where the model is sharded, as torch.distributed.checkpoint writes it."""
 
 _STEP_KEY = "global_step"
 _MANAGER_KEY = "manager"
@@ -66,6 +79,10 @@ class EMACallback(_Callback):
 
     With DeepSpeed the average is a :class:`fused_ema.hooks.deepspeed.EngineEMA`: of the engine's
     masters, updated by the engine's own steps, saved by each rank beside the engine's files.
+
+    With FSDP2 (``"version": 2`` in ``fsdp_config``) each process averages its shards. The average
+    is then a folder ``ema`` of torch.distributed.checkpoint, which all processes write, and any
+    number of them reads.
 
     The manager is made when training starts, and is the attribute :attr:`manager`.
 
@@ -196,17 +213,19 @@ class EMACallback(_Callback):
 
         Raises:
             FileNotFoundError: The checkpoint has no average, and not ``start_anew``.
-            RuntimeError: Not attached; another EMACallback; weights that FSDP shards.
+            RuntimeError: Not attached; another EMACallback; FSDP1.
             TypeError: ``save_to`` with a model that has no ``save_pretrained``.
             ValueError: The average's file is damaged, of another step or of another model; an
                 engine that isn't served, or a choice of names with one.
         """
         trainer = self._attached()
         if getattr(trainer, "is_fsdp_enabled", False):
-            raise RuntimeError(
-                f"{_TITLE}: the trainer shards the weights or their optimizer (is_fsdp_enabled); "
-                "that isn't supported, train without it or average without this callback"
-            )
+            version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
+            if version != 2:
+                raise RuntimeError(
+                    f"{_TITLE}: the trainer shards the weights with FSDP {version}, whose "
+                    'parameters can\'t be averaged in place; set "version": 2 in fsdp_config'
+                )
         if self._save_to is not None and not hasattr(self._model(), "save_pretrained"):
             raise TypeError(
                 f"{_TITLE}: save_to is {str(self._save_to)!r} but {type(self._model()).__name__} "
@@ -221,7 +240,7 @@ class EMACallback(_Callback):
                 if not self._start_anew:
                     raise FileNotFoundError(
                         f"{_TITLE}: training resumes at step {state.global_step} but {where!r} "
-                        f"has no '{FILE_NAME}'; resume from a checkpoint that has one, or pass "
+                        f"has no {_WHERE}; resume from a checkpoint that has one, or pass "
                         "start_anew=True to start the average from its weights"
                     )
             else:
@@ -241,6 +260,9 @@ class EMACallback(_Callback):
         folder = os.path.join(run, f"checkpoint-{state.global_step}")
         if not isinstance(manager, EMAManager):
             manager.save_checkpoint(folder)
+        elif manager._tracked.is_sharded:
+            content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager}
+            _sharded.save(content, os.path.join(folder, FOLDER_NAME), args.should_save)
         elif args.should_save:
             os.makedirs(folder, exist_ok=True)
             content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager.state_dict()}
@@ -264,7 +286,7 @@ class EMACallback(_Callback):
                 # The model holds other weights than those that the average came from.
                 warnings.warn(
                     f"{_TITLE}: the best checkpoint {best!r}, whose weights were loaded, has no "
-                    f"'{FILE_NAME}'; the average starts from its weights",
+                    f"{_WHERE}; the average starts from its weights",
                     stacklevel=2,
                 )
                 manager.reset()
@@ -272,7 +294,7 @@ class EMACallback(_Callback):
             return
         if isinstance(manager, EMAManager):
             with self.swapped():
-                self._model().save_pretrained(self._save_to, is_main_process=args.should_save)
+                self._save_pretrained(manager, self._save_to, args.should_save)
             return
         averaged = manager.full_state_dict()
         if args.should_save:
@@ -325,6 +347,17 @@ class EMACallback(_Callback):
         trainer = self._attached()
         return trainer.accelerator.unwrap_model(trainer.model)
 
+    def _save_pretrained(
+        self, manager: EMAManager, folder: str | os.PathLike[str], is_main: bool
+    ) -> None:
+        if not manager._tracked.is_sharded:
+            self._model().save_pretrained(folder, is_main_process=is_main)
+            return
+        trainer = self._attached()
+        gathered = trainer.accelerator.get_state_dict(trainer.model)  # On the first process.
+        if is_main:
+            self._model().save_pretrained(folder, state_dict=gathered)
+
     def _with_average(self, loop: Any) -> Any:
         @functools.wraps(loop)
         def with_average(*args: Any, **kwargs: Any) -> Any:
@@ -345,18 +378,24 @@ class EMACallback(_Callback):
         return noting_checkpoint
 
 
+_WHERE = f"'{FILE_NAME}' or complete folder '{FOLDER_NAME}'"
+
+
 def _has_weights(folder: str) -> bool:
     """Whether Trainer finds a model's or an adapter's weights there, in one file or in shards."""
-    stems = ("model", "pytorch_model", "adapter_model")
+    stems = ("model", "pytorch_model", "adapter_model", "pytorch_model_fsdp")
     files = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
     files += [f"{file}.index.json" for file in files]
-    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files) or (
+        _sharded.is_complete(os.path.join(folder, "pytorch_model_fsdp_0"))
+    )
 
 
 def _has_average(manager: EMAManager | EngineEMA, folder: str) -> bool:
-    if isinstance(manager, EMAManager):
-        return os.path.isfile(os.path.join(folder, FILE_NAME))
-    return manager.is_saved_in(folder)
+    if not isinstance(manager, EMAManager):
+        return manager.is_saved_in(folder)
+    is_file = os.path.isfile(os.path.join(folder, FILE_NAME))
+    return is_file or _sharded.is_complete(os.path.join(folder, FOLDER_NAME))
 
 
 def _load(manager: EMAManager | EngineEMA, folder: str, step: int | None) -> None:
@@ -364,10 +403,16 @@ def _load(manager: EMAManager | EngineEMA, folder: str, step: int | None) -> Non
     if not isinstance(manager, EMAManager):
         manager.load_checkpoint(folder)
         return
-    path = os.path.join(folder, FILE_NAME)
+    in_folder = os.path.join(folder, FOLDER_NAME)
+    is_sharded = _sharded.is_complete(in_folder)
+    path = in_folder if is_sharded else os.path.join(folder, FILE_NAME)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        saved_step, saved = content[_STEP_KEY], content[_MANAGER_KEY]
+        if is_sharded:
+            saved_step = _sharded.load({_STEP_KEY: 0}, path)[_STEP_KEY]
+            saved = None
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            saved_step, saved = content[_STEP_KEY], content[_MANAGER_KEY]
     except Exception as error:
         raise ValueError(
             f"{_TITLE}: {path!r} can't be read as an average (damaged or cut short?); nothing was "
@@ -379,6 +424,9 @@ def _load(manager: EMAManager | EngineEMA, folder: str, step: int | None) -> Non
             "nothing was changed. Put back the file that was saved with this checkpoint"
         )
     try:
-        manager.load_state_dict(saved)
+        if saved is None:
+            _sharded.load({_MANAGER_KEY: manager}, path)
+        else:
+            manager.load_state_dict(saved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{_TITLE}: {path!r} doesn't fit: {error}") from error
