@@ -245,6 +245,11 @@ PYBIND11_MODULE(_C, m) {
     if (changed == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::list>(changed);
   });
+  m.def("slots_hold", [](py::handle slot, py::handle objects, py::handle held) {
+    PyObject* same = slots_hold(slot.ptr(), objects.ptr(), held.ptr());
+    if (same == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::bool_>(same);
+  });
   m.def("service_of", [](const std::string& device) {
     const Service service = service_of(at::Device(device));
     return py::make_tuple(service.backend, service.reason);

@@ -1,5 +1,7 @@
 #include "members.h"
 
+#include <structmember.h>
+
 #include <cstdint>
 #include <cstring>
 
@@ -18,8 +20,8 @@ uint64_t version_at(const char* versions, Py_ssize_t i) {
   return version;
 }
 
-// The dicts of a large model lie anywhere; with less their misses don't overlap.
-constexpr Py_ssize_t kDictsAhead = 64;
+// The dicts and tensors of a large model lie anywhere; with less their misses don't overlap.
+constexpr Py_ssize_t kObjectsAhead = 64;
 
 // Python counts the writes to a dict, all dicts together from 1 on (PEP 509), up to 3.13 (PEP 699).
 #if PY_VERSION_HEX < 0x030E0000
@@ -43,7 +45,7 @@ bool have_versions(PyObject* dicts, const char* versions) {
   if (size > 0 && version_at(versions, 0) == 0) return false;
   uint64_t changed = 0;  // One branch at the end: the loads don't wait for one another.
   for (Py_ssize_t i = 0; i < size; ++i) {
-    if (i + kDictsAhead < size) __builtin_prefetch(PyTuple_GET_ITEM(dicts, i + kDictsAhead));
+    if (i + kObjectsAhead < size) __builtin_prefetch(PyTuple_GET_ITEM(dicts, i + kObjectsAhead));
     changed |= version_of(PyTuple_GET_ITEM(dicts, i)) ^ version_at(versions, i);
   }
   return changed == 0;
@@ -103,6 +105,41 @@ PyObject* changed_dicts(PyObject* dicts, PyObject* held, PyObject* versions) {
     if (changed == nullptr) return nullptr;
   }
   return changed;
+}
+
+PyObject* slots_hold(PyObject* slot, PyObject* objects, PyObject* held) {
+  if (!Py_IS_TYPE(slot, &PyMemberDescr_Type) || !PyTuple_Check(objects) || !PyTuple_Check(held)) {
+    PyErr_SetString(PyExc_TypeError, "slots_hold takes the descriptor of a slot and two tuples");
+    return nullptr;
+  }
+  const auto* descriptor = reinterpret_cast<PyMemberDescrObject*>(slot);
+  const Py_ssize_t size = PyTuple_GET_SIZE(objects);
+  if (descriptor->d_member->type != T_OBJECT_EX || PyTuple_GET_SIZE(held) != size) {
+    PyErr_Format(PyExc_ValueError, "slots_hold: %zd values for %zd objects, or no slot of objects",
+                 PyTuple_GET_SIZE(held), size);
+    return nullptr;
+  }
+  PyTypeObject* const type = descriptor->d_common.d_type;
+  const Py_ssize_t offset = descriptor->d_member->offset;
+  bool same = true;
+  for (Py_ssize_t i = 0; i < size && same; ++i) {
+    if (i + kObjectsAhead < size) {
+      const char* next = reinterpret_cast<char*>(PyTuple_GET_ITEM(objects, i + kObjectsAhead));
+      __builtin_prefetch(next);
+      __builtin_prefetch(next + offset);
+    }
+    PyObject* object = PyTuple_GET_ITEM(objects, i);
+    if (!PyObject_TypeCheck(object, type)) {
+      PyErr_Format(PyExc_TypeError, "slots_hold: item %zd is a %s without that slot", i,
+                   Py_TYPE(object)->tp_name);
+      return nullptr;
+    }
+    // By its place in the object: to ask for the attribute is 9 times as long.
+    PyObject* value;
+    std::memcpy(&value, reinterpret_cast<char*>(object) + offset, sizeof(value));
+    same = value == PyTuple_GET_ITEM(held, i);
+  }
+  return PyBool_FromLong(same);
 }
 
 }  // namespace fused_ema

@@ -1,4 +1,4 @@
-// Whether a module tree still holds the objects that it held.
+// Whether a module tree, and its DTensors, still hold the objects that they held.
 #pragma once
 
 #include <Python.h>
@@ -12,5 +12,10 @@ namespace fused_ema {
 // changes a list clears its dict's bytes. Returns null with a Python error set where an argument is
 // none of these.
 PyObject* changed_dicts(PyObject* dicts, PyObject* held, PyObject* versions);
+
+// Whether each of these objects has in a slot of its class exactly what it had: a bool. Takes the
+// slot's descriptor, a tuple of objects and a tuple of as many values. Returns null with a Python
+// error set where an argument is none of these.
+PyObject* slots_hold(PyObject* slot, PyObject* objects, PyObject* held);
 
 }  // namespace fused_ema

@@ -185,6 +185,12 @@ def _model_in(args: argparse.Namespace) -> Model | None:
 def _convert(args: argparse.Namespace) -> None:
     if not args.output.parent.is_dir():
         raise formats.FormatError(f"'{args.output.parent}' is no folder")
+    if args.to is None and args.output.suffix != ".safetensors":
+        raise formats.FormatError(
+            f"--to: '{args.output.name}' doesn't say which format to write, as one that ends in "
+            f".safetensors does; choose from {', '.join(formats.WRITABLE)}"
+        )
+    to = args.to or "safetensors"
     origin = _source(args.input, args, numbered=False)
     found = formats._read(args.input, origin)
     given = {
@@ -194,9 +200,9 @@ def _convert(args: argparse.Namespace) -> None:
         given["num_updates"] = args.iteration
     found = replace(found, **given)
     with Progress(f"writing {args.output.name}") as progress:
-        formats._write(args.output, found, args.to, origin.model, progress, release=True)
+        formats._write(args.output, found, to, origin.model, progress, release=True)
     size = _size(os.stat(args.output).st_size)
-    print(f"wrote {args.output}: {args.to} of {len(found.ema):,} averages, {size}")
+    print(f"wrote {args.output}: {to} of {len(found.ema):,} averages, {size}")
 
 
 # ---- command line
@@ -255,7 +261,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = convert.add_argument
     add("input", type=Path, metavar="IN")
     add("output", type=Path, metavar="OUT", help="is replaced if it is there")
-    add("--to", choices=formats.WRITABLE, required=True, metavar="FORMAT")
+    add(
+        "--to",
+        choices=formats.WRITABLE,
+        metavar="FORMAT",
+        help="may be left out where OUT ends in .safetensors",
+    )
     add("--iteration", type=number(int, 0, 2**62), help="where IN doesn't record it")
     add("--momentum", type=number(float, 0, 1), help="where IN doesn't record it: 1 - decay")
     convert.set_defaults(run=_convert)

@@ -7,14 +7,18 @@ imports torch.distributed: where nobody has, there are no DTensors.
 from __future__ import annotations
 
 import copy
+import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter, is_not
-from typing import Any, cast
+from types import MemberDescriptorType
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+
+from fused_ema import _checks, _native
 
 _PLAIN = frozenset({Tensor, nn.Parameter, nn.Buffer})
 _shard_of = attrgetter("_local_tensor")
@@ -89,6 +93,39 @@ def part_of(like: Tensor, given: Tensor) -> Tensor:
     return shard_of(distribute(given.detach(), mesh, placements, src_data_rank=None))
 
 
+def whole(tensor: Tensor, is_wanted: bool) -> Tensor | None:
+    """A copy of all of a tensor on the CPU, where it is wanted. Every rank gathers it."""
+    if is_dtensor(tensor):
+        shard, device = shard_of(tensor), cast(Any, tensor).device_mesh.device_type
+        if shard.device.type != device:  # Offloaded; a mesh communicates on its own device.
+            tensor = with_shard(tensor, shard.to(device))
+        tensor = cast(Any, tensor).full_tensor()
+    return tensor.detach().to("cpu", copy=True) if is_wanted else None
+
+
+def offset_of(tensor: Tensor) -> tuple[int, ...]:
+    """Where in the whole tensor this rank's shard begins, a number a dimension; 0s of a plain one.
+
+    By it an element is the same one on whatever rank it is.
+    """
+    if not is_dtensor(tensor):
+        return (0,) * tensor.dim()
+    utils: Any = sys.modules["torch.distributed.tensor"]._utils
+    mesh, placements = _layout(tensor)
+    _, offset = utils.compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return tuple(offset)
+
+
+def is_first(tensors: Sequence[Tensor]) -> bool:
+    """Whether this rank is the first of those that hold a part; of plain tensors, the first."""
+    meshes = {_mesh_of(tensor) for tensor in tensors} - {None}
+    if meshes:
+        return not any(any(mesh.get_coordinate() or ()) for mesh in meshes)
+    distributed: Any = sys.modules.get("torch.distributed")
+    is_group = distributed is not None and distributed.is_available()
+    return not (is_group and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
 def refusal(name: str, tensor: Tensor) -> str:
     """Why a tensor can't be averaged at all; empty where it can."""
     if is_dtensor(tensor):
@@ -139,24 +176,28 @@ class Shards:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._dtensors = list({id(t): t for t in tensors if is_dtensor(t)}.values())
-        self._shards = [shard_of(tensor) for tensor in self._dtensors]
+        self._dtensors = tuple({id(t): t for t in tensors if is_dtensor(t)}.values())
+        self._shards = tuple(map(shard_of, self._dtensors))
+        self._counted = _counted(self._dtensors)
+        # Where it is one, C reads it at its place: 500 DTensors at 3 us instead of 25.
+        cls = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+        slot = getattr(cls, "_local_tensor", None)
+        self._slot = slot if isinstance(slot, MemberDescriptorType) else None
 
     def are_current(self) -> bool:
         """Whether they have them still."""
-        return not self._dtensors or not any(
-            map(is_not, map(_shard_of, self._dtensors), self._shards)
-        )
+        if self._slot is not None and _native.C is not None:
+            return bool(_native.C.slots_hold(self._slot, self._dtensors, self._shards))
+        return not any(map(is_not, map(_shard_of, self._dtensors), self._shards))
 
     def note_write(self) -> None:
         """Makes a backward notice that shards were written: they count for themselves only."""
-        if self._dtensors:
-            _note_write(self._dtensors)
+        if self._counted:
+            torch.autograd.graph.increment_version(self._counted)
 
 
-def _note_write(tensors: Sequence[Tensor]) -> None:
-    counted = [tensor for tensor in tensors if not tensor.is_inference()]
-    torch.autograd.graph.increment_version(counted)
+def _counted(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if not tensor.is_inference()]
 
 
 class Units:
@@ -208,7 +249,7 @@ class Units:
                 for group in self._groups
                 for param in group.fsdp_params
             )
-            _note_write([param for param in found if param is not None])
+            torch.autograd.graph.increment_version(_counted([p for p in found if p is not None]))
 
 
 def units_of(model: nn.Module) -> Units:
@@ -239,54 +280,151 @@ def _groups_of(module: Any) -> Sequence[Any]:
 # ---- what ranks tell each other: where a manager is made and where it loads, never in a step
 
 
-def gather(tensors: Sequence[Tensor], note: object) -> list[object]:
-    """The notes of all ranks that hold a part of these tensors, this rank's alone without any.
+def dtensors_of(model: nn.Module) -> list[Tensor]:
+    """A model's DTensors, and those that FSDP2 has gathered for the time being."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return []
+    params = [param for group in units_of(model)._groups for param in group.fsdp_params]
+    infos = [param._module_info for param in params]
+    own = {(id(info.module), info.param_name) for info in infos}
+    found = [param.sharded_param for param in params]
+    for module in model.modules():
+        found += [t for key, t in module._parameters.items() if (id(module), key) not in own]
+        found += module._buffers.values()
+    return [tensor for tensor in found if is_dtensor(tensor)]
 
-    Every one of these ranks must call it, with tensors over the same meshes.
+
+class Fact(NamedTuple):
+    """What ranks must have in common: those that hold parts of a DTensor; all, where it is None."""
+
+    tensor: Tensor | None
+    name: str
+    text: str
+
+
+class _Note(NamedTuple):
+    """What a rank tells others: the name of its error, or what else the text is."""
+
+    rank: int
+    kind: str
+    text: str
+
+
+_ERRORS = {"TypeError": TypeError, "ValueError": ValueError, "RuntimeError": RuntimeError}
+_MESHES, _DIGEST, _FACT = "meshes", "digest", "fact"
+
+
+@contextmanager
+def one_error(title: str, tensors: Sequence[Tensor]) -> Iterator[list[Fact]]:
+    """What goes wrong inside on one rank is the same error on every rank that holds a part.
+
+    Each of these must come here, with DTensors over the same meshes, over which it communicates;
+    without DTensors it doesn't. Ranks of other meshes, as pipeline stages, differ by right.
+
+    Yields:
+        A list to be filled with facts, in the order of which the ranks must agree.
     """
-    notes = [note]
-    meshes = list(dict.fromkeys(cast(Any, t).device_mesh for t in tensors if is_dtensor(t)))
+    meshes = _meshes_of(tensors)
+    facts: list[Fact] = []
+    own: Exception | None = None
+    try:
+        yield facts
+    except (TypeError, ValueError, RuntimeError) as error:
+        own = error
+    if not meshes:
+        if own is not None:
+            raise own
+        return
+    rank = _distributed(title).get_rank()
+    errors: list[_Note] = []
+    if own is not None:
+        kind = next(name for name, cls in _ERRORS.items() if isinstance(own, cls))
+        text = f"{own}\n(on rank {rank}, and so an error on every rank with a part of the model)"
+        errors = [_Note(rank, kind, text)]
+    shapes = ", ".join(f"{tuple(mesh.shape)} of {mesh.mesh_dim_names}" for mesh in meshes)
+    known = _Note(rank, _MESHES, f"DTensors over the meshes {shapes}")
     for mesh in meshes:
-        if mesh.get_coordinate() is None:
-            continue
-        for group in mesh.get_all_groups():
-            distributed = sys.modules["torch.distributed"]
-            found: list[list[object]] = [[] for _ in range(distributed.get_world_size(group))]
-            # Of all so far: a note passes on through one dimension of a mesh after the other.
-            distributed.all_gather_object(found, notes, group=group)
-            notes = [one for several in found for one in several]
-            notes = list(dict.fromkeys(notes))
-    return notes
+        here = [fact for fact in facts if fact.tensor is None or _mesh_of(fact.tensor) == mesh]
+        lines = [_Note(rank, _FACT, f"'{fact.name}' is {fact.text}") for fact in here]
+        digest = hashlib.sha256(repr([line.text for line in lines]).encode()).hexdigest()
+        notes = _pass_on(mesh, [*errors, known, _Note(rank, _DIGEST, digest)])
+        errors = [note for note in notes if note.kind in _ERRORS]
+        has_others = _differ(notes, _MESHES)
+        if has_others or (not errors and _differ(notes, _DIGEST)):
+            # Of many ranks the facts are many: told only where they differ.
+            kind = _MESHES if has_others else _FACT
+            notes = notes if has_others else _pass_on(mesh, lines)
+            told = [note for note in notes if note.kind == kind]
+            errors.append(_Note(min(told).rank, "ValueError", _difference(title, told)))
+        if has_others:  # Who went on to the next would wait for ranks that don't have it.
+            break
+    if errors:
+        raise _ERRORS[min(errors).kind](min(errors).text) from own
 
 
-def all_of(tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[bool]:
+def _differ(notes: Sequence[_Note], kind: str) -> bool:
+    return len({note.text for note in notes if note.kind == kind}) > 1
+
+
+def _difference(title: str, told: Sequence[_Note]) -> str:
+    by_rank: dict[int, list[str]] = {}
+    for note in sorted(told, key=lambda note: note.rank):
+        by_rank.setdefault(note.rank, []).append(note.text)
+    first, *others = by_rank
+    other = next((rank for rank in others if by_rank[rank] != by_rank[first]), first)
+    lines = [
+        f"{text} on rank {has}, not on rank {lacks}"
+        for has, lacks in ((first, other), (other, first))
+        for text in by_rank[has]
+        if text not in by_rank[lacks]
+    ]
+    if not lines:
+        lines = [f"rank {first} and rank {other} have the same in another order"]
+    return (
+        f"{title}: the ranks that have parts of the model differ; give each the same, sharded "
+        "alike:\n  " + "\n  ".join(_checks.listed(lines))
+    )
+
+
+def all_of(title: str, tensors: Sequence[Tensor], flags: Sequence[bool]) -> list[bool]:
     """Of each tensor, whether its flag is set on every rank that holds a part of it.
 
     Communicates where one of them is a DTensor.
     """
-    if not any(map(is_dtensor, tensors)):
-        return list(flags)
-    false = {i for i, flag in enumerate(flags) if not flag and is_dtensor(tensors[i])}
-    for note in gather(tensors, tuple(sorted(false))):
-        false |= set(cast(tuple[int, ...], note))
-    return [flag and i not in false for i, flag in enumerate(flags)]
+    unset = {str(i) for i, flag in enumerate(flags) if not flag and is_dtensor(tensors[i])}
+    for mesh in _meshes_of(tensors):
+        rank = _distributed(title).get_rank()
+        unset |= {note.text for note in _pass_on(mesh, [_Note(rank, _FACT, i) for i in unset])}
+    return [flag and str(i) not in unset for i, flag in enumerate(flags)]
 
 
-@contextmanager
-def one_error(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What goes wrong inside on one rank is an error on every rank that holds a part."""
-    own: Exception | None = None
-    try:
-        yield
-    except (TypeError, ValueError, RuntimeError) as error:
-        own = error
-    if not any(map(is_dtensor, tensors)):
-        if own is not None:
-            raise own
-        return
-    notes = gather(tensors, "" if own is None else str(own))
-    if own is not None:
-        raise own
-    others = [note for note in notes if note]
-    if others:
-        raise ValueError(f"{others[0]}\n(on another rank, so nothing was changed on this one)")
+def _mesh_of(tensor: Tensor) -> Any:
+    return cast(Any, tensor).device_mesh if is_dtensor(tensor) else None
+
+
+def _meshes_of(tensors: Sequence[Tensor]) -> list[Any]:
+    """Those of DTensors that have other ranks, the largest first: all others' ranks hear of it."""
+    meshes = dict.fromkeys(map(_mesh_of, tensors))
+    others = [mesh for mesh in meshes if mesh is not None and mesh.size() > 1]
+    return sorted((m for m in others if m.get_coordinate() is not None), key=lambda m: -m.size())
+
+
+def _distributed(title: str) -> Any:
+    distributed = sys.modules["torch.distributed"]
+    if not distributed.is_initialized():
+        raise RuntimeError(
+            f"{title}: the model is sharded over several ranks, and this process has no process "
+            "group (torch.distributed.init_process_group); call it in the processes that train"
+        )
+    return distributed
+
+
+def _pass_on(mesh: Any, notes: Sequence[_Note]) -> list[_Note]:
+    """The notes of all ranks of a mesh, through one of its dimensions after the other."""
+    distributed = sys.modules["torch.distributed"]
+    notes = list(notes)
+    for group in mesh.get_all_groups():
+        found: list[list[_Note]] = [[] for _ in range(distributed.get_world_size(group))]
+        distributed.all_gather_object(found, notes, group=group)
+        notes = list(dict.fromkeys(note for several in found for note in several))
+    return notes

@@ -24,6 +24,8 @@ Kind = Literal["average", "copy", "keep"]
 
 _DONE = {"average": "averaged", "copy": "copied", "keep": "kept as first cloned"}
 
+_TITLE = "fused_ema.EMAManager"
+
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -72,6 +74,11 @@ class Slot:
     def param(self) -> Tensor:
         """The model's tensor, as much of it as this rank holds."""
         return self.members[0].local
+
+    @cached_property
+    def offset(self) -> tuple[int, ...]:
+        """Where the param's shard begins in the whole tensor; 0s where it is the whole."""
+        return _shards.offset_of(self.members[0].tensor)
 
     @property
     def followed(self) -> Tensor:
@@ -468,6 +475,12 @@ class Policy:
                 + ", ".join(f"torch.{name}" for name in known)
             )
 
+    def check(self, members: Sequence[Member]) -> None:
+        """Raises where a member can't be tracked."""
+        for member in members:
+            check_memory("", member)
+            self._kind_of(member)
+
     def track(
         self,
         op: str,
@@ -481,23 +494,14 @@ class Policy:
         Args:
             op: For errors.
             tree: The model that was read.
-            members: The tracked ones.
-            old: Slots of before by name: what fits of their emas is kept as it is.
+            members: The tracked ones, which have been checked.
+            old: Slots of before by name: what fits of their emas is kept as it is. None for a new
+                manager, for which each rank makes one.
             feed: Where sources are asked for.
         """
-        old = {} if old is None else old
-        for member in members:
-            check_memory("", member)
+        is_new, old = old is None, {} if old is None else old
         groups = group_tied(members)
         params = [group[0].local for group in groups]
-        found = {} if feed is None else feed.poll() or {}
-        given: list[Tensor | None] = [None] * len(groups)
-        if feed is not None:
-            given = matched(op, found, groups)
-        followed = [
-            param if one is None else _shards.shard_of(one)
-            for param, one in zip(params, given, strict=True)
-        ]
         before = [old.get(group[0].name) for group in groups]
         decided = [self._kind_of(group[0]) for group in groups]
         judged = [
@@ -511,13 +515,36 @@ class Policy:
         ]
         # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
         finite = _storage.are_finite([params[i] for i in judged])
-        finite = _shards.all_of([groups[i][0].tensor for i in judged], finite)
+        finite = _shards.all_of(_TITLE, [groups[i][0].tensor for i in judged], finite)
         for i, is_finite in zip(judged, finite, strict=True):
             if not is_finite:
                 decided[i] = "copy", "not finite when the manager was made"
         for i, slot in enumerate(before):
             if slot is not None and groups[i][0].is_buffer and decided[i][0] == "average":
                 decided[i] = slot.kind, slot.reason
+        told = [member.tensor for member in members] if is_new else []
+        with _shards.one_error(_TITLE, told):
+            return self._made(op, tree, members, groups, decided, before, feed)
+
+    def _made(
+        self,
+        op: str,
+        tree: Tree,
+        members: Sequence[Member],
+        groups: Sequence[Sequence[Member]],
+        decided: Sequence[tuple[Kind, str]],
+        before: Sequence[Slot | None],
+        feed: Feed | None,
+    ) -> Tracked:
+        params = [group[0].local for group in groups]
+        found = {} if feed is None else feed.poll() or {}
+        given: list[Tensor | None] = [None] * len(groups)
+        if feed is not None:
+            given = matched(op, found, groups)
+        followed = [
+            param if one is None else _shards.shard_of(one)
+            for param, one in zip(params, given, strict=True)
+        ]
         kinds = [kind for kind, _ in decided]
         dtypes = [
             self._dtype_of(group[0], kind, one)

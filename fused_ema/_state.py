@@ -94,6 +94,15 @@ def pack(
     }
 
 
+def with_raw(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state with its raw weights, if it has none: empty dictionaries get lost on some ways.
+
+    As in a file that torch.distributed.checkpoint has made of a folder.
+    """
+    is_lost = set(_KEYS).difference(state) == {RAW_KEY} and state[IS_SWAPPED_KEY] is False
+    return {**state, RAW_KEY: {}} if is_lost else state
+
+
 def completed(
     state: Mapping[str, Any], own: Mapping[str, Tensor], tied: Sequence[Sequence[str]]
 ) -> tuple[Mapping[str, Any], IncompatibleKeys]:
@@ -108,6 +117,7 @@ def completed(
         The state, and the names that were missing and unexpected in its averages.
     """
     parts = (EMA_KEY, RAW_KEY, EMA_DTYPES_KEY)
+    state = with_raw(state) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(state.get(k), Mapping) for k in parts):
         return state, IncompatibleKeys([], [])
     missing = [name for name in own if name not in state[EMA_KEY]]
@@ -150,6 +160,7 @@ def unpack(
         raise TypeError(
             f"{_TITLE}: the state is a {type(state).__name__}; pass what state_dict() returned"
         )
+    state = with_raw(state)
     version = state.get(VERSION_KEY)
     if not isinstance(version, int) or not _is_count(version) or version == 0:
         raise ValueError(
@@ -174,7 +185,7 @@ def unpack(
         if not isinstance(state.get(key, {}), Mapping):
             problems.append(f"'{key}' is a {type(state[key]).__name__}, not a dictionary")
     if not problems:
-        problems += _check_tensors(state, expected, tied)
+        problems += _check_tensors(state, expected, tied, is_live)
     if problems:
         kept = "nothing was changed"
         if is_live:
@@ -197,7 +208,10 @@ def _is_count(value: object) -> bool:
 
 
 def _check_tensors(
-    state: Mapping[str, Any], expected: Mapping[str, Expected], tied: Sequence[Sequence[str]]
+    state: Mapping[str, Any],
+    expected: Mapping[str, Expected],
+    tied: Sequence[Sequence[str]],
+    is_live: bool,
 ) -> list[str]:
     problems: list[str] = []
     is_swapped = state[IS_SWAPPED_KEY]
@@ -222,11 +236,8 @@ def _check_tensors(
                 continue
             dtype = wanted.ema_dtype if key == EMA_KEY else wanted.param_dtype
             wrong = _check_tensor(tensors[name], wanted.tensor, dtype)
-            if not wrong and key == EMA_KEY and dtypes.get(name) != dtype_name(tensors[name].dtype):
-                wrong = (
-                    f"is {dtype_name(tensors[name].dtype)} but was saved as {dtypes.get(name)}; "
-                    "something has converted it since"
-                )
+            if not wrong and key == EMA_KEY:
+                wrong = _converted(tensors[name], dtypes.get(name), is_live)
             if wrong:
                 problems.append(f"'{name}' in '{key}' {wrong}")
             else:
@@ -263,6 +274,22 @@ def _check_tensor(tensor: object, like: Tensor, dtype: torch.dtype) -> str:
             "hold all its values; make the manager with the ema_dtype it was saved with"
         )
     return ""
+
+
+def _converted(tensor: Tensor, saved: object, is_live: bool) -> str:
+    own = dtype_name(tensor.dtype)
+    if saved == own:
+        return ""
+    if not is_live:
+        return f"is {own} but was saved as {saved}; something has converted it since"
+    # A loader has filled the manager's own tensors, of whatever dtype the file was.
+    dtype = getattr(torch, str(saved), None)
+    if isinstance(dtype, torch.dtype) and torch.promote_types(dtype, tensor.dtype) == tensor.dtype:
+        return ""
+    return (
+        f"was saved as {saved} and is kept as {own} here, to which the loader has rounded it; make "
+        "the manager with the ema_dtype it was saved with, and load again"
+    )
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:

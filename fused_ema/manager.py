@@ -61,10 +61,13 @@ class EMAManager:
     same shape, dtype and device, is followed. A manager belongs to one thread.
 
     Of a sharded model (DTensors: FSDP2, HSDP, tensor parallel) each rank makes a manager and calls
-    it as all others do. It works on the shards that the rank holds: nothing is sent or gathered
-    but where a manager is made of DTensor buffers to average, and in :meth:`load_state_dict`. What
-    FSDP2 has gathered is freed before names are read and before a swap, so that the next forward
-    sees what was written. Shard first, then make the manager; after sharding, :meth:`refresh`.
+    it as all others do. It works on the shards that the rank holds: nothing is gathered, and no
+    update or swap sends anything. Where a manager is made, and in :meth:`load_state_dict`, ranks
+    that hold parts of one tensor tell each other what went wrong and whether they have the same,
+    which is waited for as long as their process group waits. What FSDP2 has gathered is freed
+    before names are read and before a swap, so that the next forward sees what was written. Shard
+    first, then make the manager; after sharding, :meth:`refresh`. Write to shards in place: what is
+    assigned to ``p.data`` of a DTensor reaches neither FSDP2 nor the manager.
 
     Args:
         model: Its parameters and, unless ``skip_buffers``, its persistent buffers are tracked.
@@ -111,7 +114,8 @@ class EMAManager:
         ValueError: A setting outside of its range, a model without parameters, a pattern that
             matches nothing, a parameter that isn't initialised yet or is on the meta device,
             expanded tensors, tensors that overlap, a model that FSDP1 shards, DTensors with
-            Partial placements, parameters that ZeRO-3 has partitioned.
+            Partial placements, parameters that ZeRO-3 has partitioned; ranks that hold parts of a
+            model and differ. Of a sharded model what is wrong on one rank is the same error on all.
         RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows.
 
     Warns:
@@ -205,18 +209,46 @@ class EMAManager:
         self, op: str, old: _slots.Tracked | None = None
     ) -> tuple[_slots.Tracked, list[_tracking.Member]]:
         """What is tracked of the model as it is now, and what is left out as frozen."""
-        _tracking.refuse_fsdp1(_TITLE, self._model)
-        tree = _tracking.read(self._model)
-        tracked_names = {m.name for m in old.members} if old is not None else frozenset[str]()
-        members = self._selection.choose(tree.members, tracked_names)
-        frozen = self._selection.left_frozen(tree.members, {member.name for member in members})
-        named = ((member.name, member.local) for member in members)
-        self._refuse_if_another_holds(op, named)
-        before = {} if old is None else {m.name: s for s in old.slots for m in s.members}
-        feed = None if self._sources is None else _sources.bind(self._sources, tree.members)
+        # A refresh() is one rank's own matter: others may have nothing to refresh.
+        told = _shards.dtensors_of(self._model) if old is None else []
+        with _shards.one_error(_TITLE, told) as facts:
+            _tracking.refuse_fsdp1(_TITLE, self._model)
+            tree = _tracking.read(self._model)
+            tracked_names = {m.name for m in old.members} if old is not None else frozenset[str]()
+            members = self._selection.choose(tree.members, tracked_names)
+            frozen = self._selection.left_frozen(tree.members, {member.name for member in members})
+            self._policy.check(members)
+            self._refuse_if_another_holds(op, ((member.name, member.local) for member in members))
+            facts += [self._settings(), *map(_fact, members)]
+            if old is not None:
+                self._refuse_if_laid_otherwise(op, members)
+            feed = None if self._sources is None else _sources.bind(self._sources, tree.members)
+        before = None if old is None else {m.name: s for s in old.slots for m in s.members}
         tracked = self._policy.track(op, tree, members, before, feed)
         tree.members.clear()  # They are the tracked members' alone to hold on to.
         return tracked, frozen
+
+    def _settings(self) -> _shards.Fact:
+        momentum = self._momentum if self._momentum_fun is None else "a function"
+        text = f"momentum={momentum}, interval={self._interval}, begin={self._begin}, "
+        text += f"form={self._form!r}, ema_dtype={self._policy.ema_dtype}"
+        return _shards.Fact(None, "EMAManager", text)
+
+    def _refuse_if_laid_otherwise(self, op: str, members: Sequence[_tracking.Member]) -> None:
+        """That no average is lost because this rank hasn't got the part that it would need."""
+        emas = self._emas()
+        problems = [
+            f"'{m.name}' {problem}"
+            for m in members
+            if m.name in emas and emas[m.name].shape == m.tensor.shape
+            if (problem := _shards.misfit(m.tensor, emas[m.name]))
+        ]
+        if problems:
+            raise ValueError(
+                f"{_TITLE}.{op}: averages can't be taken over without sending them; save this "
+                "manager's state_dict() with torch.distributed.checkpoint, and load it into a new "
+                "manager of the model:\n  " + "\n  ".join(_checks.listed(problems))
+            )
 
     # ---- what it is
 
@@ -716,7 +748,8 @@ class EMAManager:
         """Takes the model as it is now: parameters replaced, added, removed, resized or moved.
 
         An average goes on where its name still stands for a tensor of the same shape; it moves to
-        the param's new device, unless the manager was given one. New ones start as clones.
+        the param's new device, unless the manager was given one. New ones start as clones. Of a
+        sharded model each rank takes its own, without asking the others.
 
         Returns:
             The names whose average started anew.
@@ -724,7 +757,7 @@ class EMAManager:
         Raises:
             RuntimeError: The model is swapped.
             TypeError: As making a manager.
-            ValueError: As making a manager.
+            ValueError: As making a manager; or a tensor is sharded otherwise than its average.
         """
         self._refuse_if_swapped("refresh")
         emas, old = self._emas(), {slot.name: slot for slot in self._tracked.slots}
@@ -738,7 +771,6 @@ class EMAManager:
                 before is not None
                 and before.shape == slot.members[0].tensor.shape
                 and before.is_floating_point() == slot.ema.is_floating_point()
-                and not _shards.misfit(slot.members[0].tensor, before)
             ):
                 goes_on.append((slot.ema, slot.part_of(before)))
             else:
@@ -770,6 +802,29 @@ class EMAManager:
         ema = tracked.by_name(copies.__getitem__)
         raw = tracked.by_name(copies[len(emas) :].__getitem__)
         return _state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The state of a sharded model whole, on the first rank's CPU, for export.
+
+        Every rank calls it. One tensor after the other is gathered and dropped again, so that no
+        other rank holds more than one. What it returns saves with ``torch.save``, is read by
+        :func:`fused_ema.state.read`, and goes into the manager of a model that isn't sharded. For
+        checkpoints, :meth:`state_dict` and torch.distributed.checkpoint need no gather.
+
+        Returns:
+            As :meth:`state_dict`, copies on the CPU; an empty dictionary on all ranks but the first
+            of those that hold parts of the model.
+        """
+        tensors = [member.tensor for member in self._tracked.members]
+        with _shards.one_error(f"{_TITLE}.full_state_dict", tensors) as facts:
+            state = self.state_dict()
+            swapped = _shards.Fact(None, "the model", "swapped" if self._is_swapped else "itself")
+            facts += [swapped, *map(_fact, self._tracked.members)]
+        is_wanted = _shards.is_first(tensors)
+        for key in (_state.EMA_KEY, _state.RAW_KEY):
+            pairs = ((n, _shards.whole(t, is_wanted)) for n, t in state[key].items())
+            state[key] = {name: tensor for name, tensor in pairs if tensor is not None}
+        return state if is_wanted else {}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True
@@ -803,11 +858,15 @@ class EMAManager:
             Nothing has changed when an error is raised, but by a loader that wrote into the tensors
             of :meth:`state_dict` itself, as torch.distributed.checkpoint does.
         """
-        with _shards.one_error([member.tensor for member in self._tracked.members]):
+        title = f"{_TITLE}.load_state_dict"
+        with _shards.one_error(title, [m.tensor for m in self._tracked.members]) as facts:
             tracked, loaded, incompatible = self._unpacked(state_dict, strict)
             slots = tracked.slots
             emas = [slot.part_of(loaded.ema[slot.name]) for slot in slots]
             raws = [slot.part_of(loaded.raw[slot.name]) for slot in slots if loaded.is_swapped]
+            position = f"at iteration {loaded.iteration} after {loaded.num_updates} updates"
+            state = f"{position}{', swapped' if loaded.is_swapped else ''}"
+            facts += [_shards.Fact(None, "the state", state), *map(_fact, tracked.members)]
         aside: dict[int, Tensor] = {}
         if loaded.is_swapped:
             # All of it aside: so it doesn't matter what the model holds until it is swapped back.
@@ -1034,6 +1093,11 @@ class _Write(NamedTuple):
     tensor: Tensor
     values: Tensor
     before: Tensor
+
+
+def _fact(member: _tracking.Member) -> _shards.Fact:
+    # Of plain tensors ranks may have their own, as experts.
+    return _shards.Fact(member.tensor, member.name, _described(member))
 
 
 def _described(member: _tracking.Member) -> str:

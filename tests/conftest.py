@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ranks import Ranks
 
 import fused_ema
 from fused_ema import _native
@@ -46,3 +47,18 @@ def backend(request, monkeypatch) -> str:
     else:
         assert _native.C is not None, f"the compiled part is missing: {_native.why_not}"
     return request.param
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Two processes of a group, which run the functions that it is called with."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
+def four():
+    ranks = Ranks(4)
+    yield ranks
+    ranks.stop()

@@ -90,9 +90,10 @@ class Ranks:
         while left and (ready := multiprocessing.connection.wait(left, seconds)):
             for pipe in ready:
                 try:
-                    outcomes[left.pop(pipe)] = text = pipe.recv()
+                    text = pipe.recv()
                 except EOFError:
                     text = "it ended"
+                outcomes[left.pop(pipe)] = text
                 if text:  # The others may wait for it.
                     seconds = 5
         return list(outcomes.values())

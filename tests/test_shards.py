@@ -8,231 +8,31 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from masters import InState
-from ranks import Ranks
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    RowwiseParallel,
-    parallelize_module,
+from sharded import (
+    SHARDED,
+    SHARDED_4,
+    Net,
+    Pair,
+    all_of,
+    assert_same,
+    by_columns,
+    by_parts,
+    held,
+    meshed,
+    tensor_parallel,
+    whole,
+    write,
 )
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fused_ema import EMAManager, Plan, schedules, sources
 from fused_ema.testing import assert_bits_equal
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture
-def four():
-    ranks = Ranks(4)
-    yield ranks
-    ranks.stop()
-
-
-class Net(nn.Module):
-    """Uneven and empty shards for two ranks, a buffer, and a scale that stands by itself."""
-
-    def __init__(self, seed=0, dtype=torch.float32, has_buffers=True):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.first = nn.Linear(6, 8)
-        self.block = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5))
-        self.norm = nn.BatchNorm1d(5) if has_buffers else nn.LayerNorm(5)
-        self.last = nn.Linear(5, 1)
-        self.to(dtype)
-
-    def forward(self, x):
-        x = self.block(self.first(x).relu())
-        return self.last(self.norm(x.to(self.norm.weight.dtype)).to(self.last.weight.dtype))
-
-
-def meshed(*shape):
-    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
-
-
-def by_parts(model, **more):
-    fully_shard(model.block, **more)
-    return fully_shard(model, **more)
-
-
-def hybrid(model):
-    return by_parts(model, mesh=meshed(1, dist.get_world_size()))
-
-
-def replicas(model):
-    return by_parts(model, mesh=meshed(dist.get_world_size(), 1))
-
-
-def mixed(model):
-    # Batch norm computes in the dtype of its buffers, which stay as they are.
-    ignored = set(model.norm.parameters())
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    fully_shard(model.block, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy, ignored_params=ignored)
-
-
-def tensor_parallel(model, mesh=None):
-    mesh = meshed(dist.get_world_size()) if mesh is None else mesh
-    parallelize_module(model.first, mesh, ColwiseParallel(output_layouts=Replicate()))
-    parallelize_module(model.block[2], mesh, RowwiseParallel(input_layouts=Replicate()))
-    return model
-
-
-def both(model):
-    mesh = meshed(2, dist.get_world_size() // 2)
-    return by_parts(tensor_parallel(model, mesh["tp"]), mesh=mesh["dp"])
-
-
-def from_meta(model):
-    values = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with torch.device("meta"):
-        made = by_parts(Net())
-    made.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, tensor in made.state_dict().items():
-            write(tensor, values[name])
-    return made
-
-
-SHARDED = {
-    "whole": fully_shard,
-    "parts": by_parts,
-    "one part": lambda model: fully_shard(model.block) and model,
-    "gathered until the backward": lambda model: by_parts(model, reshard_after_forward=False),
-    "never gathered after": lambda model: by_parts(model, reshard_after_forward=True),
-    "HSDP": hybrid,
-    "replicas": replicas,
-    "mixed precision": mixed,
-    "TP": tensor_parallel,
-    "from meta": from_meta,
-}
-SHARDED_4 = {
-    "TP and FSDP": both,
-    "gathered by pairs": lambda model: by_parts(model, reshard_after_forward=2),
-}
-
-
-def whole(tensor):
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-def local(tensor):
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def part_of(like, values):
-    """What of some values a rank holds; nothing is sent."""
-    if not isinstance(like, DTensor):
-        return values
-    return local(
-        distribute_tensor(values.detach(), like.device_mesh, like.placements, src_data_rank=None)
-    )
-
-
-@torch.no_grad()
-def write(tensor, values):
-    """What a user does who knows the shards: writes this rank's part."""
-    local(tensor).copy_(part_of(tensor, values))
-
-
-def held(ema):
-    """What a manager's model holds on this rank; without asking the model, which may free it."""
-    return {member.name: member.local.clone() for member in ema._tracked.members}
-
-
-def all_of(named):
-    return {name: whole(tensor) for name, tensor in dict(named).items()}
-
-
-def assert_same(actual, expected, what):
-    assert list(actual) == list(expected), what
-    for name, tensor in expected.items():
-        if tensor.is_floating_point():
-            assert_bits_equal(actual[name], tensor, f"{what}: {name}")
-        else:
-            assert torch.equal(actual[name], tensor), (what, name)
-
-
-class Pair:
-    """A sharded model and a whole one with the same values, each with its manager."""
-
-    def __init__(self, shard, dtype=torch.float32, has_buffers=True, **settings):
-        settings.setdefault("momentum", 0.25)
-        self.plain = Net(dtype=dtype, has_buffers=has_buffers)
-        self.sharded = shard(copy.deepcopy(self.plain))
-        self.ema, self.want = (
-            EMAManager(self.sharded, **settings),
-            EMAManager(self.plain, **settings),
-        )
-        self.optimizer = torch.optim.SGD(self.sharded.parameters(), lr=0.05)
-        self.generator = torch.Generator().manual_seed(1)
-        self.dtype = dtype
-
-    def inputs(self):
-        return torch.randn(4, 6, generator=self.generator).to(self.dtype)
-
-    def step(self):
-        """Trains the sharded model; the whole one gets its values."""
-        self.optimizer.zero_grad()
-        self.sharded(self.inputs()).float().square().mean().backward()
-        self.optimizer.step()
-        self.follow()
-
-    def follow(self):
-        named = {**dict(self.sharded.named_parameters()), **dict(self.sharded.named_buffers())}
-        plain = {**dict(self.plain.named_parameters()), **dict(self.plain.named_buffers())}
-        for name, tensor in named.items():
-            with torch.no_grad():
-                plain[name].copy_(whole(tensor))
-
-    def update(self):
-        self.ema.update()
-        self.want.update()
-
-    def move(self, scale, shift):
-        """Writes other values; what is gathered doesn't have them."""
-        named = {m.name: m.tensor for m in self.ema._tracked.members}
-        with torch.no_grad():
-            for name, tensor in self.plain.state_dict().items():
-                if name in named and tensor.is_floating_point():
-                    tensor.mul_(scale).add_(shift)
-                    write(named[name], tensor)
-
-    def check(self, what):
-        self.compare(self.ema.named_emas(), self.want.named_emas(), what)
-
-    def check_model(self, what):
-        tensors = ((m.name, m.tensor) for m in self.ema._tracked.members)
-        self.compare(tensors, ((m.name, m.tensor) for m in self.want._tracked.members), what)
-
-    def compare(self, sharded, plain, what):
-        sharded, plain = dict(sharded), dict(plain)
-        parts = {name: part_of(sharded[name], values) for name, values in plain.items()}
-        assert_same({name: local(tensor) for name, tensor in sharded.items()}, parts, what)
-
-    def evaluate(self, what):
-        """A forward sees what the model should hold."""
-        self.sharded.eval(), self.plain.eval()
-        x = self.inputs()
-        with torch.no_grad():
-            seen, want = whole(self.sharded(x)).float(), self.plain(x).float()
-        self.sharded.train(), self.plain.train()
-        assert torch.allclose(seen, want, rtol=0.05, atol=0.02), (what, seen, want)
 
 
 def course(shard, settings):
@@ -349,6 +149,32 @@ def by_parts_of_two(model):
     return fully_shard(model)
 
 
+@pytest.mark.parametrize("name", ["whole", "by columns", "HSDP", "TP"])
+def test_where_shards_begin(two, name):
+    two(shards_begin, [name])
+
+
+def test_where_shards_begin_on_four(four):
+    four(shards_begin, list(SHARDED_4))
+
+
+def shards_begin(names):
+    ways = SHARDED | SHARDED_4
+    ways["by columns"] = lambda model: fully_shard(model, shard_placement_fn=by_columns)
+    for name in names:
+        ema = EMAManager(ways[name](Net()))
+        sharded = [slot for slot in ema._tracked.slots if slot.param.shape != whole_of(slot).shape]
+        assert sharded
+        for slot in ema._tracked.slots:
+            block = zip(slot.offset, slot.param.shape, strict=True)
+            part = whole_of(slot)[tuple(slice(begin, begin + size) for begin, size in block)]
+            assert torch.equal(part, slot.param), (name, slot.name, slot.offset)
+
+
+def whole_of(slot):
+    return whole(slot.members[0].tensor)
+
+
 def test_one_launch_for_all_shards(two):
     two(one_launch)
 
@@ -364,108 +190,6 @@ def one_launch():
     pair.update()
     assert pair.ema._tracked.plan is plan
     assert plan._num_refreshes == 0
-
-
-# ---- states
-
-
-def saved_and_loaded(folder):
-    for settings in ({}, {"dtype": torch.bfloat16}):
-        path = f"{folder}/{len(settings)}"
-        pair = Pair(by_parts, **settings)
-        for _ in range(3):
-            pair.step()
-            pair.update()
-        state = pair.ema.state_dict()
-        for name, tensor in state["ema"].items():
-            model = dict(pair.sharded.state_dict())[name]
-            assert isinstance(tensor, DTensor) == isinstance(model, DTensor)
-            if isinstance(tensor, DTensor):
-                assert tensor.placements == model.placements
-                shard = tensor._local_tensor
-                assert shard.untyped_storage().nbytes() == shard.numel() * shard.element_size()
-        everything = {
-            "ema": pair.ema,
-            "model": pair.sharded.state_dict(),
-            "optimizer": pair.optimizer.state_dict(),
-        }
-        dcp.save(everything, checkpoint_id=path)
-        waits = dcp.async_save({"ema": pair.ema}, checkpoint_id=f"{path}_async")
-        waits.result()
-        averages = all_of(pair.ema.named_emas())
-        with pair.ema.swapped():
-            dcp.save({"ema": pair.ema}, checkpoint_id=f"{path}_swapped")
-        for kind in ("", "_async"):
-            fresh = Pair(fully_shard, **settings)  # In another division of the model.
-            dcp.load({"ema": fresh.ema}, checkpoint_id=path + kind)
-            assert_same(all_of(fresh.ema.named_emas()), averages, f"loaded{kind}")
-            assert fresh.ema.num_updates == fresh.ema.iteration == 3
-        fresh = Pair(by_parts, **settings)
-        with pytest.raises(Exception, match=r"call swap\(\)"):
-            dcp.load({"ema": fresh.ema}, checkpoint_id=f"{path}_swapped")
-        fresh.ema.swap()
-        dcp.load({"ema": fresh.ema}, checkpoint_id=f"{path}_swapped")
-        assert fresh.ema.is_swapped
-        assert_same(all_of(fresh.ema.named_emas()), averages, "loaded, swapped")
-        fresh.ema.swap()
-        assert_same(
-            all_of(fresh.sharded.state_dict()), all_of(pair.sharded.state_dict()), "swapped back"
-        )
-        assert_same(all_of(fresh.ema.named_emas()), averages, "swapped back")
-        pair.want.load_state_dict(whole_state(pair.ema))
-        if dist.get_rank() == 0:
-            torch.save({"state": whole_state(pair.ema), "model": averages}, f"{path}.pt")
-        else:
-            whole_state(pair.ema)
-
-
-def whole_state(ema):
-    return {k: all_of(v) if k in ("ema", "raw") else v for k, v in ema.state_dict().items()}
-
-
-def loaded_on_another_number_of_ranks(folder):
-    for settings in ({}, {"dtype": torch.bfloat16}):
-        path = f"{folder}/{len(settings)}"
-        known = torch.load(f"{path}.pt")
-        for shard in (by_parts, both):
-            fresh = Pair(shard, **settings)
-            dcp.load({"ema": fresh.ema}, checkpoint_id=path)
-            assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded")
-            # A whole state on every rank is as good.
-            fresh = Pair(shard, **settings)
-            fresh.ema.load_state_dict(known["state"])
-            assert_same(all_of(fresh.ema.named_emas()), known["model"], "loaded whole")
-
-
-def test_saved_and_loaded(two, four, tmp_path):
-    two(saved_and_loaded, str(tmp_path))
-    four(loaded_on_another_number_of_ranks, str(tmp_path))
-
-
-def test_what_does_not_fit_is_one_error_on_every_rank(two):
-    two(one_error_on_every_rank)
-
-
-def one_error_on_every_rank():
-    pair = Pair(by_parts)
-    pair.step()
-    state = whole_state(pair.ema)
-    before = all_of(pair.ema.named_emas())
-    if dist.get_rank() == 1:
-        state["ema"]["first.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"'first\.bias' in 'ema' has shape"):
-        pair.ema.load_state_dict(state)
-    assert_same(all_of(pair.ema.named_emas()), before, "after an error")
-    other = Pair(lambda model: fully_shard(model, shard_placement_fn=by_columns))
-    with pytest.raises(ValueError, match=r"'first\.weight' in 'ema' is sharded as"):
-        pair.ema.load_state_dict(other.ema.state_dict())
-    with pytest.raises(ValueError, match=r"'first\.weight' in 'ema' is sharded as"):
-        pair.want.load_state_dict(other.ema.state_dict())
-    assert_same(all_of(pair.ema.named_emas()), before, "after an error")
-
-
-def by_columns(param):
-    return Shard(1) if param.dim() == 2 and param.shape[1] % 2 == 0 else Shard(0)
 
 
 # ---- what FSDP2 has gathered

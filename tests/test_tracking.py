@@ -196,6 +196,46 @@ def test_the_native_check_names_each_dict_that_changed():
     assert _native.C.changed_dicts(dicts, held, versions) == [3]
 
 
+class Slotted:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+def test_the_native_check_of_slots_compares_objects_not_values():
+    one, other = [1], [1]
+    objects, slot = (
+        (Slotted(one), Slotted(None), type("Derived", (Slotted,), {})(one)),
+        Slotted.value,
+    )
+    assert _native.C.slots_hold(slot, objects, (one, None, one))
+    assert _native.C.slots_hold(slot, (), ())
+    for held in ((other, None, one), (one, one, one), (one, None, other)):
+        assert not _native.C.slots_hold(slot, objects, held)
+    objects[2].value = other
+    assert not _native.C.slots_hold(slot, objects, (one, None, one))
+    assert _native.C.slots_hold(slot, objects, (one, None, other))
+    del objects[0].value
+    assert not _native.C.slots_hold(slot, objects, (one, None, other))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("value", (), ()), TypeError, "takes the descriptor of a slot"),
+        ((Slotted.value, [], ()), TypeError, "and two tuples"),
+        ((Slotted.value, (), []), TypeError, "and two tuples"),
+        ((Slotted.value, (Slotted(1),), ()), ValueError, "0 values for 1 objects"),
+        ((Slotted.value, (Slotted(1), [1]), (1, 1)), TypeError, "item 1 is a list without"),
+        ((type(lambda: 0).__dict__["__closure__"], (), ()), ValueError, "or no slot of objects"),
+    ],
+)
+def test_what_the_native_check_of_slots_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        _native.C.slots_hold(*arguments)
+
+
 @pytest.mark.parametrize("backend", ["native", "foreach"], indirect=True)
 def test_another_name_is_another_tensor(backend):
     model = nn.Module()

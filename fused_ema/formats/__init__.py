@@ -7,7 +7,8 @@ of other packages in them stay names, whose classes are never imported.
 What each format calls its own, and where it keeps the average:
 
 ==================  ==============================================================================
-``fused_ema``       :meth:`EMAManager.state_dict`, alone or under a key beside the model's own
+``fused_ema``       :meth:`EMAManager.state_dict`, alone or under a key beside the model's own; or
+                    in a folder of ``torch.distributed.checkpoint``
 ``mmcv``            ``ema_a_b_c`` beside ``a.b.c`` in ``state_dict``; which is which depends on
                     when the file was saved (mmcv 1.x, MMDetection 2.x)
 ``mmengine``        ``state_dict``; the raw weights are ``module.*`` of ``ema_state_dict``, which
@@ -49,6 +50,7 @@ import torch
 from fused_ema import _safetensors, _tracking
 from fused_ema._format_errors import READ, WRITE, FormatError
 from fused_ema.formats import (
+    _dcp,
     _within,
     detectors,
     diffusers,
@@ -115,7 +117,8 @@ def read(
     """Finds the average in a checkpoint.
 
     Args:
-        source: A file, a folder (``EMAModel.save_pretrained``) or what was loaded from a file.
+        source: A file, a folder (of ``EMAModel.save_pretrained``, or one that
+            ``torch.distributed.checkpoint`` has saved a manager in) or what was loaded from a file.
         model: The model, its ``state_dict()`` or the names of its parameters. Formats that keep a
             list without names need it; with the others it is checked that they are of that model,
             and raw weights that the module hasn't got are left out.
@@ -154,14 +157,17 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
     if origin.main not in (None, "ema", "raw"):
         raise FormatError(f"{READ}: main is {origin.main!r}; it is 'ema' or 'raw'")
     is_folder = path is not None and path.is_dir()
-    if is_folder and origin.key:
+    is_dcp = path is not None and is_folder and _dcp.is_folder(path)
+    if is_folder and origin.key and not is_dcp:
         raise FormatError(f"{READ}: '{path}' is a folder, which has no key '{origin.key}'")
-    if origin.variant is not None and not is_folder:
+    if origin.variant is not None and (is_dcp or not is_folder):
         raise FormatError(
             f"{READ}: variant is for the folders of diffusers, and {shown_path(path)} is none; "
             "leave it out"
         )
-    if path is not None and is_folder:
+    if path is not None and is_dcp:
+        found = _read_dcp(path, origin)
+    elif path is not None and is_folder:
         found = diffusers.read_folder(path, origin)
     elif path is not None and _safetensors.is_safetensors(path):
         tensors, metadata = _safetensors.map_any(path)
@@ -185,6 +191,15 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
             raw = {name: tensor for name, tensor in found.raw.items() if name in model.names}
             found = replace(found, raw=raw)
     return found
+
+
+def _read_dcp(path: Path, origin: Source) -> Found:
+    data, at = _dcp.load(path, origin.key)
+    found = _find(data, replace(origin, key=""))
+    if not at:
+        return found
+    raw_at = found.raw_at and f"{at}.{found.raw_at}"
+    return replace(found, ema_at=f"{at}.{found.ema_at}", raw_at=raw_at)
 
 
 def _read_keyed(data: Mapping[str, Any], origin: Source) -> Found:

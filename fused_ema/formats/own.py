@@ -37,6 +37,7 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
             f"{READ}: the state has version {own[_state.VERSION_KEY]!r} but this fused_ema reads "
             f"{_state.VERSION}; update fused_ema"
         )
+    own = _state.with_raw(own)
     missing = [key for key in _state._KEYS if key not in own]
     if missing:
         raise FormatError(f"{READ}: the state has no {_tracking.shown(missing)} (truncated?)")

@@ -512,7 +512,7 @@ def _still_in(module: nn.Module, ema: Mapping[str, Tensor]) -> dict[str, Tensor]
         _is_same(member.local.detach(), _shards.shard_of(average))
         for member, average in zip(members, averages, strict=True)
     ]
-    are_same = _shards.all_of([member.tensor for member in members], are_same)
+    are_same = _shards.all_of(_TITLE, [member.tensor for member in members], are_same)
     for member, is_same in zip(members, are_same, strict=True):
         if not is_same:
             if not member.is_buffer:
