@@ -34,7 +34,7 @@ def hookable(title: str, optimizer: object) -> torch.optim.Optimizer:
             raise TypeError(
                 f"{title}: {type(found).__name__} steps inside of DeepSpeed's engine, on its own "
                 "copies of the weights and once for each of their groups, before the model has "
-                "them; use fused_ema.hooks.deepspeed with the engine"
+                "them; use fused_ema.hooks.deepspeed.EngineEMA(engine)"
             )
         if isinstance(found, (list, tuple)):
             raise TypeError(
@@ -143,8 +143,8 @@ def refuse_others(
         raise ValueError(
             f"{title}: {who} holds none of the parameters that are averaged and trained ({names}): "
             "it is another model's, was made before this one was sharded, or has copies of its own "
-            "(with DeepSpeed, use fused_ema.hooks.deepspeed); pass the optimizer that holds them, "
-            "or call update() after each step"
+            "(with DeepSpeed, use fused_ema.hooks.deepspeed.EngineEMA); pass the optimizer that "
+            "holds them, or call update() after each step"
         )
     raise ValueError(
         f"{title}: {who} holds {len(trained) - len(missing)} of the {len(trained)} parameters that "

@@ -21,7 +21,6 @@ from accelerate.state import AcceleratorState, GradientState
 from deepspeed.runtime import bf16_optimizer, torch_autocast
 from deepspeed.utils import safe_get_full_fp32_param
 from nets import assert_same
-from ranks import Ranks
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils.data import DataLoader
@@ -193,20 +192,6 @@ def raw_of(engine):
     held = EngineEMA(engine)._held
     found |= {f"master {i}": master for i, master in enumerate(held.masters())}
     return {name: values.detach().clone() for name, values in found.items()}
-
-
-@pytest.fixture(scope="module")
-def one():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
 
 
 @pytest.fixture(params=["one", "two"])

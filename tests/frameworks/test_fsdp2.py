@@ -13,7 +13,6 @@ import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from lightning.pytorch.strategies import ModelParallelStrategy
-from ranks import Ranks
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.fsdp import fully_shard
@@ -26,20 +25,6 @@ import fused_ema
 from fused_ema.hooks.lightning import EMA
 from fused_ema.hooks.transformers import EMACallback
 from fused_ema.testing import assert_bits_equal
-
-
-@pytest.fixture(scope="module")
-def two():
-    ranks = Ranks(2)
-    yield ranks
-    ranks.stop()
-
-
-@pytest.fixture(scope="module")
-def one():
-    ranks = Ranks(1)
-    yield ranks
-    ranks.stop()
 
 
 def whole(named):
