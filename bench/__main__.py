@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,10 +49,14 @@ MORE_ROWS: dict[str, tuple[Row, ...]] = {
         ("copy", "float32/float32", ("single",)),
     ),
 }
+# Also, on a CPU, what a training sees: (pause in ms, load) of hot updates of these lists.
+TRAINING_CASES = ("small", "medium")
+TRAINING_CONDITIONS = ((20.0, "none"), (0.0, "cores"), (20.0, "cores"))
+TRAINING_PROVIDERS = [providers.PLAN, providers.ONE_THREAD, "foreach lerp_"]
 # 1/8 is exact in every dtype, and far above the rounding of bf16: a provider that does nothing
 # fails its check.
 DEFAULT_MOMENTUM = 0.125
-DEFAULT_SECONDS = 140.0
+DEFAULT_SECONDS = 170.0
 _OVERRUN = 1.15  # No job starts later than this many times the seconds of the run.
 # A CPU moves about a hundredth of what a GPU does in the same time.
 DEFAULT_MAX_ELEMENTS = {"cpu": 2**26, "cuda": 2**30}
@@ -65,6 +70,18 @@ class Job(NamedTuple):
     case: str
     pair: str
     op: Op
+    pause_ms: float = 0.0
+    load: str = "none"
+
+    @property
+    def is_back_to_back(self) -> bool:
+        """Whether its calls come one after the other with the machine to themselves."""
+        return self.pause_ms == 0 and self.load == "none"
+
+    def __str__(self) -> str:
+        pause = f" after {self.pause_ms:g} ms" if self.pause_ms else ""
+        load = f" beside load on the {self.load}" if self.load != "none" else ""
+        return f"{self.case} {self.op} {self.pair}{pause}{load}"
 
 
 @dataclass(frozen=True)
@@ -97,22 +114,32 @@ def plan_jobs(
     ops: Sequence[Op] | None,
     pairs: Sequence[str] | None,
     device_type: str,
+    pauses_ms: Sequence[float] | None = None,
+    loads: Sequence[str] | None = None,
 ) -> list[Job]:
     """The jobs of a run, those on the same tensors together.
 
-    Without ops and pairs a case gets its rows of DEFAULT_ROWS and MORE_ROWS; with either, every
-    combination.
+    Without all but cases a case gets its rows of DEFAULT_ROWS and MORE_ROWS, and those for
+    trainings; with any, every combination.
     """
     chosen = case_names or cases.names()
-    if ops or pairs:
-        pairs = pairs or ["float32/float32"]
-        return [Job(c, p, op) for p in pairs for c in chosen for op in ops or ["update"]]
+    if ops or pairs or pauses_ms or loads:
+        kinds = product(pairs or ["float32/float32"], chosen, ops or OPS[:1])
+        whens = list(product(pauses_ms or [0.0], loads or ["none"]))
+        return [Job(case, pair, op, *when) for pair, case, op in kinds for when in whens]
     jobs = [
         Job(case, pair, op)
         for case in chosen
         for op, pair, row_cases in (*DEFAULT_ROWS, *MORE_ROWS[device_type])
         if row_cases is None or case in row_cases
     ]
+    if device_type == "cpu":
+        jobs += [
+            Job(case, "float32/float32", "update", *when)
+            for case in chosen
+            if case in TRAINING_CASES
+            for when in TRAINING_CONDITIONS
+        ]
     # By dtype pair first: a slow machine that runs out of time has then seen every case.
     order = providers.DTYPE_PAIRS.index
     return sorted(jobs, key=lambda job: (order(job.pair), chosen.index(job.case)))
@@ -196,8 +223,9 @@ def run_job(
     chosen: dict[str, Provider] = {}
     calls: dict[str, list[Call]] = {}
     device = settings.device
-    for provider in providers.choose(job.op, job.pair, device.type, settings.providers):
-        where = f"{provider.name} on {case.name} {job.op} {job.pair}"
+    wanted = settings.providers or (None if job.is_back_to_back else TRAINING_PROVIDERS)
+    for provider in providers.choose(job.op, job.pair, device.type, wanted):
+        where = f"{provider.name} on {job}"
         if reason := provider.why_not(device.type):
             outcome.left_out[f"{provider.name}: {reason}"] = None
             continue
@@ -230,19 +258,24 @@ def run_job(
             host_cold_s = _medians(calls, timer.HostClock(), 0.1 * left, settings)
         wall_s = _medians(calls, timer.WallClock(), 0.1 * left, settings)
         clock = timer.CudaClock()
+    elif not job.is_back_to_back:
+        clock = timer.CpuClock(job.pause_ms / 1e3)
+        cold = False
     else:
         small = _one_element_calls(job, case, chosen, settings)
         host_s = _medians(small, clock, 0.15 * left, settings)
     hot = not cold or sum(_num_bytes(lists) for lists in sets[:1]) < timer.HOT_BYTES
     for cache in ["cold"] * cold + ["hot"] * hot:
-        timings = timer.interleave(
-            calls if cache == "cold" else first,
-            clock,
-            seconds=0.7 * left / (cold + hot),
-            rounds=settings.rounds,
-            hot=cache == "hot",
-            host_s=host_s,
-        )
+        with timer.beside(job.load):
+            timings = timer.interleave(
+                calls if cache == "cold" else first,
+                clock,
+                seconds=0.7 * left / (cold + hot),
+                rounds=settings.rounds,
+                hot=cache == "hot",
+                host_s=host_s,
+                **({} if job.is_back_to_back else {"max_calls": 1}),
+            )
         rows = [
             report.Measured(
                 chosen[name],
@@ -255,7 +288,9 @@ def run_job(
             )
             for name, timing in timings.items()
         ]
-        outcome.records += report.make_records(case, job.op, job.pair, cache, device, rows)
+        outcome.records += report.make_records(
+            case, job.op, job.pair, cache, device, rows, job.pause_ms, job.load
+        )
     return outcome
 
 
@@ -306,12 +341,12 @@ class Progress:
     def begin(self, job: Job) -> None:
         """A job starts."""
         if self._bar is not None:
-            self._bar.update(self._task, description=f"{job.case} {job.op} {job.pair}")
+            self._bar.update(self._task, description=str(job))
 
     def end(self, job: Job, text: str) -> None:
         """A job is over."""
         self._num_done += 1
-        line = f"[{self._num_done}/{self._num_jobs}] {job.case} {job.op} {job.pair}: {text}"
+        line = f"[{self._num_done}/{self._num_jobs}] {job}: {text}"
         if self._bar is not None:
             self._bar.advance(self._task)
             self._bar.console.print(line, markup=False, highlight=False)
@@ -337,7 +372,7 @@ def run(jobs: Sequence[Job], settings: Settings) -> Outcome:
             progress.begin(job)
             if settings.rounds is None and start > last_start:
                 reason = "no time left, use --seconds for more"
-                outcome.left_out[f"{job.case} {job.op} {job.pair}: {reason}"] = None
+                outcome.left_out[f"{job}: {reason}"] = None
                 progress.end(job, f"left out, {reason}")
                 continue
             if made != (job.case, job.pair):
@@ -384,6 +419,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtypes", type=report.names(providers.DTYPE_PAIRS, "dtype pair"), help="as ema/param")
     add("--providers", type=report.names(providers.names(), "provider"), help="who is measured")
     report.add_device(parser)
+    add("--pause-ms", type=_milliseconds, help="pauses before each call, on the CPU")
+    add("--load", type=report.names(timer.LOADS, "load"), help="beside what, on the CPU")
     add("--momentum", type=number(float, 0, 1), default=DEFAULT_MOMENTUM, help="(%(default)s)")
     add("--max-elements", type=number(int, 1), help="scale larger cases down to this")
     add("--memory-gb", type=number(float, 0), help="use at most this much memory")
@@ -393,6 +430,10 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_json(parser)
     report.add_plot(parser)
     return parser
+
+
+def _milliseconds(text: str) -> list[float]:
+    return [number(float, 0)(part) for part in text.split(",")]
 
 
 def ops_main(argv: Sequence[str]) -> int:
@@ -405,6 +446,8 @@ def ops_main(argv: Sequence[str]) -> int:
     device = report.device_of(parser, args)
     if args.plot and (reason := report.why_no_plot()):
         parser.error(f"--plot {reason}")
+    if device.type != "cpu" and (args.pause_ms or args.load):
+        parser.error("--pause-ms and --load are for --device cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
     memory = _MEMORY_SHARE * available_bytes(device)
@@ -418,7 +461,8 @@ def ops_main(argv: Sequence[str]) -> int:
         providers=args.providers,
     )
     with report.measuring(device) as facts, torch.no_grad():
-        outcome = run(plan_jobs(args.cases, args.ops, args.dtypes, args.device), settings)
+        jobs = plan_jobs(args.cases, args.ops, args.dtypes, args.device, args.pause_ms, args.load)
+        outcome = run(jobs, settings)
 
     for table in [*report.tables(outcome.records), report.summary(outcome.records)]:
         report.show(table)
@@ -449,7 +493,7 @@ def _list() -> None:
 
 # The first word chooses, without one it is "ops"; every other has a module of its name, those for a
 # GPU in bench/gpu.
-COMMANDS = ("ops", "train", "manager", "step", "host")
+COMMANDS = ("ops", "train", "manager", "step", "host", "scale")
 GPU_COMMANDS = ("launches", "variants", "counters", "verdict")
 
 

@@ -25,6 +25,7 @@ Call = Callable[[], object]
 OPS: tuple[Op, ...] = ("update", "swap", "copy")
 DTYPE_PAIRS = tuple("/".join(map(testing.dtype_name, pair)) for pair in testing.DTYPE_PAIRS)
 PLAN = "fused_ema plan"
+ONE_THREAD = "fused_ema plan, one thread"
 CAPTURED = "fused_ema plan captured"
 TRITON = "triton"
 COMPILED = "compile foreach lerp_"
@@ -161,6 +162,18 @@ def _import_error(module: str) -> str:
 
 def _plan_update(lists: Lists, momentum: float) -> Call:
     return partial(fused_ema.Plan(lists.ema, lists.params).update, momentum)
+
+
+def _one_thread_update(lists: Lists, momentum: float) -> Call:
+    plan = fused_ema.Plan(lists.ema, lists.params)
+
+    def call() -> None:
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        plan.update(momentum)
+        torch.set_num_threads(num_threads)
+
+    return call
 
 
 def _one_shot_update(lists: Lists, momentum: float) -> Call:
@@ -374,6 +387,9 @@ def _foreach_copy(lists: Lists, momentum: float) -> Call:
 
 PROVIDERS: tuple[Provider, ...] = (
     Provider(PLAN, "ours", "update", _plan_update),
+    Provider(
+        ONE_THREAD, "ours", "update", _one_thread_update, devices=("cpu",), only_if_named=True
+    ),
     Provider("fused_ema", "ours", "update", _one_shot_update),
     Provider(CAPTURED, "ours", "update", _captured_plan_update, devices=("cuda",)),
     Provider("naive mul_ add_", "naive", "update", _naive_mul_add),

@@ -21,7 +21,7 @@ import torch
 
 import fused_ema
 from bench.cases import Case
-from bench.providers import LIMITS, OWN_COPY, PLAN, Provider
+from bench.providers import LIMITS, ONE_THREAD, OWN_COPY, PLAN, Provider
 from bench.timer import Timing
 
 Record = dict[str, Any]
@@ -144,14 +144,18 @@ def make_records(
     cache: str,
     device: torch.device,
     measured: Sequence[Measured],
+    pause_ms: float = 0.0,
+    load: str = "none",
 ) -> list[Record]:
-    """One record a provider of one table."""
+    """One record a provider of one table; pause_ms: before each call; load: of timer.LOADS."""
     shared = {
         **what(case, op, pair),
         "title": case.title,
         "device": device.type,
         "device_name": device_name(device),
         "cache": cache,
+        "pause_ms": pause_ms,
+        "load": load,
         "note": case.note,
         "num_threads": torch.get_num_threads(),
         "torch_version": torch.__version__,
@@ -356,7 +360,7 @@ class Table:
 
 
 def tables(records: Iterable[Record]) -> list[Table]:
-    """One table for each case, op, dtype pair and cache state."""
+    """One table for each case, op, dtype pair, cache state, pause and load."""
     headers = ("provider", "ms", "p10 - p90", "GB/s", "of copy", "plan is faster", "host us")
     result = []
     for group in _groups(records):
@@ -384,9 +388,13 @@ def summary(records: Iterable[Record]) -> Table:
         "op",
         "ema/param",
         "cache",
+        "pause",
+        "load",
         "plan ms",
+        "p90",
         "GB/s",
         "of copy",
+        "1 thread",
         "naive",
         "foreach",
         "best torch",
@@ -397,6 +405,7 @@ def summary(records: Iterable[Record]) -> Table:
         if plan is None:
             continue
         naive, foreach = (_fastest(group, "family", family) for family in ("naive", "foreach"))
+        one = _fastest(group, "provider", ONE_THREAD)
         best = _fastest(group, "kind", "torch")
         rows.append(
             (
@@ -404,10 +413,13 @@ def summary(records: Iterable[Record]) -> Table:
                 plan["op"],
                 pair_of(plan),
                 plan["cache"],
+                f"{plan['pause_ms']:g} ms" if plan["pause_ms"] else "",
+                plan["load"] if plan["load"] != "none" else "",
                 _digits(plan["ms"]),
+                _digits(plan["ms_p90"]),
                 _digits(plan["gb_per_s"]),
                 f"{plan['fraction_of_copy']:.0%}" if plan["fraction_of_copy"] else "",
-                *(f"{r['ms'] / plan['ms']:.2f}x" if r else "" for r in (naive, foreach, best)),
+                *(f"{r['ms'] / plan['ms']:.2f}x" if r else "" for r in (one, naive, foreach, best)),
             )
         )
     return Table("fused_ema plan: how many times faster (* = scaled down)", headers, tuple(rows))
@@ -418,7 +430,7 @@ def show(table: Table) -> None:
     if find("rich"):
         console = importlib.import_module("rich.console").Console()
         if not console.is_terminal:
-            console.width = 120  # A log has no width, and rich would cut cells at 80.
+            console.width = 140  # A log has no width, and rich would cut cells at 80.
         simple = importlib.import_module("rich.box").SIMPLE_HEAD
         rich_table = importlib.import_module("rich.table").Table(box=simple)
         for i, header in enumerate(table.headers):
@@ -454,22 +466,28 @@ def headline(records: Sequence[Record]) -> str:
         best = _fastest(group, "kind", "torch")
         if plan is not None:
             faster = f", {best['ms'] / plan['ms']:.2f}x {best['provider']}" if best else ""
-            parts.append(f"{plan['cache']} {_digits(plan['ms'])} ms{faster};")
+            parts.append(f"{_when(plan)} {_digits(plan['ms'])} ms{faster};")
     return " ".join(parts)
 
 
 def _groups(records: Iterable[Record]) -> list[list[Record]]:
-    def key(r: Record) -> tuple[str, ...]:
-        return r["case"], r["op"], pair_of(r), r["cache"]
+    def key(r: Record) -> tuple[object, ...]:
+        return r["case"], r["op"], pair_of(r), r["cache"], r["pause_ms"], r["load"]
 
     return [list(group) for _, group in groupby(records, key)]
+
+
+def _when(r: Record) -> str:
+    pause = f", {r['pause_ms']:g} ms pause" if r["pause_ms"] else ""
+    load = {"none": "", "cores": ", every core busy"}[r["load"]]
+    return f"{r['cache']}{pause}{load}"
 
 
 def _title(r: Record) -> str:
     note = f", {r['note']}" if r["note"] else ""
     # Which foreach it is decides how many launches it needs.
     foreach = f", foreach with {r['foreach_arguments']}" if r["foreach_arguments"] else ""
-    where = f"{r['case']} {r['op']} {pair_of(r)} {r['cache']}{foreach}"
+    where = f"{r['case']} {r['op']} {pair_of(r)} {_when(r)}{foreach}"
     return f"{where} - {r['title']}{note}: {_size(r)} elements"
 
 

@@ -4,15 +4,19 @@ The protocol. Providers take turns round by round, so that whatever else the mac
 of them alike, in an order that changes with the round, so that none always comes after the same
 other; a figure is the median of the rounds. Before every cold call the tensors have left the
 caches: the calls walk through sets of tensors that together are twice a GPU's L2, or four times a
-processor's last-level cache.
+processor's last-level cache. A training updates once a step: on a CPU calls are timed after a pause
+and beside a load too, each by itself, since threads that slept or have no core come late.
 Host time is measured apart from device time.
 """
 
 import gc
 import math
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -186,10 +190,15 @@ def make_sets(
 
 
 class CpuClock:
-    """Times calls that are done when they return."""
+    """Times calls that are done when they return, after a pause of so many seconds."""
+
+    def __init__(self, pause_s: float = 0.0) -> None:
+        self._pause_s = pause_s
 
     def seconds(self, calls: Sequence[Call], host_s: float = 0.0) -> float:
         """Seconds a call, over all of `calls`."""
+        if self._pause_s:
+            time.sleep(self._pause_s)
         start = time.perf_counter()
         for call in calls:
             call()
@@ -297,6 +306,26 @@ def limit(seconds: float | None) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+# ---- other programs
+
+LOADS = ("none", "cores")
+
+
+@contextmanager
+def beside(load: str) -> Iterator[None]:
+    """Inside of the `with` another program keeps every core busy that is ours, for "cores"."""
+    # It ends with this process, however that ends.
+    code = f"import os\nwhile os.getppid() == {os.getpid()}: sum(range(10000))"
+    count = len(os.sched_getaffinity(0)) if load == "cores" else 0
+    programs = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
 # ---- timing
 
 
@@ -335,6 +364,7 @@ def interleave(
     rounds: int | None = None,
     hot: bool = False,
     host_s: dict[str, float] | None = None,
+    max_calls: int = _MAX_CALLS,
 ) -> dict[str, Timing]:
     """Times providers in turn.
 
@@ -345,6 +375,7 @@ def interleave(
         rounds: Exactly so many, whatever the time.
         hot: Run once untimed before each sample, so that the tensors are in the caches.
         host_s: By provider, about how long the host takes for a call.
+        max_calls: In one sample; 1 where percentiles are to be those of single calls.
     """
     num_sets = len(next(iter(calls.values())))
     # One walk over the sets for all: a provider must not find what the one before it has touched.
@@ -371,7 +402,7 @@ def interleave(
             took = sample(name, 1)
             if took < 100 * MIN_SAMPLE_S:
                 took = sample(name, 1)
-            counts[name] = min(_MAX_CALLS, math.ceil(MIN_SAMPLE_S / max(took, 1e-9)))
+            counts[name] = min(max_calls, math.ceil(MIN_SAMPLE_S / max(took, 1e-9)))
         for counter in dry.values():
             counter.clear()  # Warming up may well run dry.
         deadline = time.perf_counter() + seconds

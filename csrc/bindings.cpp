@@ -7,6 +7,7 @@
 #include "cpu/launch.h"
 #include "members.h"
 #include "ops.h"
+#include "parallel.h"
 #include "plan.h"
 #include "records.h"
 #ifdef FUSED_EMA_WITH_CUDA
@@ -257,6 +258,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", &cpu::instruction_set);
   m.def("set_instruction_set", &cpu::set_instruction_set);
   m.def("runs_parallel", &runs_parallel);
+  m.def("set_sharing", &set_sharing);
   m.def("tiles_of", &tiles_of);
 }
 

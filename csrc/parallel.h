@@ -1,17 +1,32 @@
-// at::parallel_for gives each thread one equal part. A thread that has slept for long starts late,
-// and the others would wait for its part; here they work on meanwhile.
+// Work in chunks on several threads, so that no call takes longer than one thread would.
+//
+// at::parallel_for returns when every thread of torch's pool has come. One that slept comes late,
+// by 5 to 15 ms where another program holds its core, long after the work is done. So torch's pool
+// takes the chunks only while its threads are awake, as in a hot loop or right after an optimizer's
+// step. Otherwise this thread begins alone, and calls threads of our own once the work has proved
+// long; it waits for none of them that has taken nothing.
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
-#include <atomic>
+#include <cstdint>
+#include <functional>
 
 namespace fused_ema {
 
 // Who takes the chunks. Between a call and a launch this thread alone: a pool thread that the
 // machine didn't run just then held up kernels of 15 us for milliseconds.
 enum class Threads { kAll, kThisOne };
+
+// How kAll shares: as above, or always in one of the ways, for tests and measurements.
+enum class Sharing { kAuto, kTorch, kHelpers };
+// Chooses for this process by name, "auto", "torch" or "helpers"; false for another name.
+bool set_sharing(const char* name);
+
+using ChunkFunction = std::function<void(int64_t)>;
+
+// Calls f(i) for i in [0, num_chunks), on up to at::get_num_threads() threads. What f throws is
+// thrown here, when no thread is at work any more.
+void share_chunks(int64_t num_chunks, const ChunkFunction& f);
 
 // Calls f(begin, end) for consecutive chunks of [0, size), each thread taking the next when it has
 // done one. Up to one chunk runs on this thread alone.
@@ -21,14 +36,8 @@ void parallel_chunks(Threads threads, int64_t size, int64_t chunk, const F& f) {
     if (size > 0) f(0, size);
     return;
   }
-  const int64_t num_chunks = (size + chunk - 1) / chunk;
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), num_chunks), 1,
-                   [&](int64_t, int64_t) {
-                     for (int64_t i = next++; i < num_chunks; i = next++) {
-                       f(i * chunk, std::min((i + 1) * chunk, size));
-                     }
-                   });
+  const auto run = [&](int64_t i) { f(i * chunk, std::min((i + 1) * chunk, size)); };
+  share_chunks((size + chunk - 1) / chunk, std::cref(run));  // a reference: nothing is allocated
 }
 
 }  // namespace fused_ema

@@ -4,7 +4,7 @@
 dtype pair. ``m`` is the momentum: the weight of the new value.
 """
 
-from fused_ema import schedules, state
+from fused_ema import schedules, sources, state
 from fused_ema._version import __version__
 from fused_ema.info import Info, info
 from fused_ema.manager import EMAManager
@@ -19,6 +19,7 @@ __all__ = [
     "copy_",
     "info",
     "schedules",
+    "sources",
     "state",
     "swap_",
     "update_",

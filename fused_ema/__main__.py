@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -301,6 +302,8 @@ def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:1]) if len(lines) < 2 else f"{lines[0]} {'; '.join(lines[1:9])}"
     more = len(lines) - 9
+    if more > 0 and (left := re.fullmatch(r"and ([\d,]+) more", lines[-1])):
+        more += int(left[1].replace(",", "")) - 1  # Of a long list not all were in the error.
     return (text or type(error).__name__) + (f"; and {more} more" if more > 0 else "")
 
 

@@ -9,7 +9,9 @@ import math
 import numbers
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import torch
 
 
 def number(where: str, name: str, value: float) -> float:
@@ -96,8 +98,28 @@ def listed(lines: Sequence[str]) -> list[str]:
     return [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES:,} more"]
 
 
+def device(where: str, value: torch.device | str) -> torch.device:
+    """A device that can hold values, with its index."""
+    try:
+        checked = torch.empty(0, device=value).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"fused_ema.{where}: device is {value!r}: {reason}") from error
+    if checked.type == "meta":
+        raise ValueError(
+            f"fused_ema.{where}: device is {value!r}, which holds no values; choose 'cpu' or an "
+            "accelerator"
+        )
+    return checked
+
+
 def patterns(where: str, name: str, value: str | Sequence[str]) -> tuple[str, ...]:
     """One string or several, as a tuple."""
+    if not isinstance(value, Iterable):
+        raise TypeError(
+            f"fused_ema.{where}: {name} is a {type(value).__name__}; pass a pattern, or a list of "
+            "them"
+        )
     checked = (value,) if isinstance(value, str) else tuple(value)
     for pattern in checked:
         if not isinstance(pattern, str):

@@ -130,6 +130,14 @@ def _bytes_needed(tensor: Tensor) -> int:
     return int(tensor.storage_offset() + last + 1) * tensor.element_size()
 
 
+def holds(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """Whether a dtype has all values of another one."""
+    try:
+        return dtype == other or torch.promote_types(dtype, other) == dtype
+    except RuntimeError:  # float8 and the unsigned ones promote to nothing.
+        return False
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """float32 for torch.float32."""
     return str(dtype).removeprefix("torch.")

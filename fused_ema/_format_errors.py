@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from fused_ema import _checks
+
 READ = "fused_ema.state.read"
 WRITE = "fused_ema.state.write"
 
@@ -15,7 +17,7 @@ class FormatError(ValueError):
 
 
 def refuse(what: str, problems: Sequence[str]) -> NoReturn:
-    raise FormatError(f"{what}:\n  " + "\n  ".join(problems))
+    raise FormatError(f"{what}:\n  " + "\n  ".join(_checks.listed(problems)))
 
 
 def unreadable(path: Path, error: Exception) -> FormatError:

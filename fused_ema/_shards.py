@@ -1,4 +1,4 @@
-"""DTensors and their shards, and the modules of FSDP2: the only file that knows either.
+"""DTensors and their shards, FSDP2's modules, ZeRO-3's parameters: the only file that knows them.
 
 Everything else works on plain tensors, of a DTensor on the shard that this rank holds. Nothing here
 imports torch.distributed: where nobody has, there are no DTensors.
@@ -69,8 +69,16 @@ def described(tensor: Tensor) -> str:
 
 def misfit(like: Tensor, given: Tensor) -> str:
     """Why no rank can take its part of what is given without the others; empty where it can."""
-    if not is_dtensor(given) or is_laid_alike(like, given):
+    if not is_dtensor(given):
         return ""
+    if is_laid_alike(like, given):
+        own, held = (cast(Any, t).device_mesh.get_coordinate() for t in (like, given))
+        if own == held:
+            return ""
+        return (
+            f"is the shard of the rank at {held}, not of this one at {own}, as in a file that one "
+            "rank has pickled; save with torch.distributed.checkpoint, which writes all shards"
+        )
     there = described(like) if is_dtensor(like) else " whole"
     return f"is{described(given)} but the model's tensor is{there}"
 
@@ -129,14 +137,36 @@ def refusal(name: str, tensor: Tensor) -> str:
                 "first, or leave it out with exclude="
             )
         return ""
-    shape = getattr(tensor, "ds_shape", None)
-    if shape is not None and hasattr(tensor, "ds_id") and tensor.numel() == 0 and 0 not in shape:
+    if is_partitioned(tensor):
         return (
-            f"'{name}' is partitioned by DeepSpeed ZeRO-3 and empty between its uses; average the "
-            "fp32 partitions of the optimizer (fp32_partitioned_groups_flat) with fused_ema.Plan, "
-            "use stage 2, or leave it out with exclude="
+            f"'{name}' is partitioned by DeepSpeed ZeRO-3 and empty between its uses, so there is "
+            "nothing here to average or to write; average the engine with "
+            "fused_ema.hooks.deepspeed.EngineEMA(engine), or do this inside of "
+            "deepspeed.zero.GatheredParameters(params, modifier_rank=0)"
         )
     return ""
+
+
+def is_zero3(tensor: Tensor) -> bool:
+    """Whether it is a parameter that DeepSpeed ZeRO-3 partitions, be it whole at the moment."""
+    return hasattr(tensor, "ds_id") and hasattr(tensor, "ds_shape")
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it is such a one and empty at the moment, though its shape isn't."""
+    return tensor.numel() == 0 and is_zero3(tensor) and 0 not in cast(Any, tensor).ds_shape
+
+
+def zero3_of(lists: Sequence[Sequence[Tensor]]) -> list[tuple[int, Tensor]]:
+    """Those of some lists that ZeRO-3 partitions, with their indices.
+
+    Plain attributes tell them, and to look for one that isn't there is slow: asks only where there
+    can be any.
+    """
+    if "deepspeed" not in sys.modules:
+        return []
+    listed = [tensors for tensors in lists if isinstance(tensors, (list, tuple))]
+    return [(i, t) for tensors in listed for i, t in enumerate(tensors) if is_zero3(t)]
 
 
 class Shards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fused_ema import _native, _shards, _storage, ops
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
+from fused_ema._sources import Feed, matched, misfit, unsupported
 from fused_ema._tracking import Buffers, Member, Tree, group_tied, memory_of
 from fused_ema.ops import Form
 from fused_ema.plan import Plan
@@ -35,9 +37,10 @@ class Slot:
         members: The model's tensors that are this memory; the first stands for all.
         kind: What an update does with it.
         reason: Why, for a reader.
-        ema: In the param's strides.
-        stage: Where the ema is on another device: room for the param's values there.
+        ema: In the strides of what it follows.
+        stage: Where the ema is on another device: room for those values there.
         param_device: Where the param was when the ema was made.
+        given: What is averaged in the param's place; None for the param itself.
         in_plan: Whether a plan averages or copies it. Not what is assigned anew in each step, for
             which the plan would be made anew each time.
     """
@@ -48,14 +51,18 @@ class Slot:
     ema: Tensor
     stage: Tensor | None
     param_device: torch.device
+    given: Tensor | None = None
     in_plan: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.in_plan = self.kind == "average" or (
-            self.kind == "copy"
-            and self.exchanges()
-            and self.ema.element_size() in (2, 4, 8)
-            and has_plain_memory(self.param)
+        self.in_plan = not self.is_inference_buffer() and (
+            self.kind == "average"
+            or (
+                self.kind == "copy"
+                and self.exchanges()
+                and self.ema.element_size() in (2, 4, 8)
+                and has_plain_memory(self.param)
+            )
         )
 
     @property
@@ -74,18 +81,29 @@ class Slot:
         return _shards.offset_of(self.members[0].tensor)
 
     @property
+    def followed(self) -> Tensor:
+        """What the ema follows, as much of it as this rank holds: the param, or what is given."""
+        return self.param if self.given is None else _shards.shard_of(self.given)
+
+    @property
     def treatment(self) -> str:
         """What an update does with it, and why."""
-        return f"{_DONE[self.kind]}: {self.reason}"
+        reason = self.reason if self.given is None else "from its source"
+        return f"{_DONE[self.kind]}: {reason}"
 
     @property
     def source(self) -> Tensor:
         """What the ema is updated from: on its own device."""
-        return self.param if self.stage is None else self.stage
+        return self.followed if self.stage is None else self.stage
 
     def exchanges(self) -> bool:
         """Whether a swap can exchange the two in place without losing a bit."""
-        return self.ema.dtype == self.param.dtype and self.stage is None
+        # Not where the plan, which takes all of its pairs, has something else than the param.
+        return self.given is None and self.ema.dtype == self.param.dtype and self.stage is None
+
+    def is_inference_buffer(self) -> bool:
+        """Whether it was assigned anew in inference mode, outside of which nothing may write it."""
+        return self.members[0].is_buffer and self.param.is_inference()
 
     def part_of(self, values: Tensor) -> Tensor:
         """What of some values, whole or sharded as the param is, belongs to this rank."""
@@ -115,9 +133,16 @@ class Tracked:
             move of the model may part.
         shards: Of the members that are DTensors.
         is_sharded: Whether there are any.
+        feed: Where sources are asked for; None without any.
     """
 
-    def __init__(self, tree: Tree, members: Sequence[Member], slots: Sequence[Slot]) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        members: Sequence[Member],
+        slots: Sequence[Slot],
+        feed: Feed | None = None,
+    ) -> None:
         self.tree = tree
         self.members = list(members)
         self.slots = slots
@@ -125,11 +150,13 @@ class Tracked:
         self.copied = [slot for slot in slots if slot.kind == "copy"]
         self.followed = [slot for slot in slots if slot.kind != "average"]
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
-        self.loose: list[Slot] = []
+        self.loose = [slot for slot in self.averaged if not slot.in_plan]
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
         self.shards = _shards.Shards([member.tensor for member in members])
         self.is_sharded = any(_shards.is_dtensor(member.tensor) for member in members)
+        self.feed = feed
+        self._given_shards = _shards.Shards([s.given for s in slots if s.given is not None])
 
     def is_current(self) -> bool:
         """Whether the model still has the very tensors, and those their shards."""
@@ -138,6 +165,11 @@ class Tracked:
     def is_current_so_far(self) -> bool:
         """The same in every step; see Tree.is_current_so_far()."""
         return self.tree.is_current_so_far() and self.shards.are_current()
+
+    def writable(self) -> AbstractContextManager[object]:
+        """The mode in which all params can be written."""
+        is_inference = any(slot.is_inference_buffer() for slot in self.slots)
+        return torch.inference_mode() if is_inference else nullcontext()
 
     def note_write(self) -> None:
         """To be called after each write to params."""
@@ -260,16 +292,16 @@ class Tracked:
             slot
             for slot in self.averaged
             if slot.stage is None
-            and slot.ema.stride() != slot.param.stride()
-            and slot.ema.shape == slot.param.shape
-            and slot.ema.device == slot.param.device
-            and is_dense(slot.param)
+            and slot.ema.stride() != slot.followed.stride()
+            and slot.ema.shape == slot.followed.shape
+            and slot.ema.device == slot.followed.device
+            and is_dense(slot.followed)
         ]
         if not slots:
             return
         try:
             emas = _storage.allocate(
-                [slot.param for slot in slots],
+                [slot.followed for slot in slots],
                 [slot.ema.dtype for slot in slots],
                 [slot.ema.device for slot in slots],
             )
@@ -286,16 +318,48 @@ class Tracked:
             replace(slot, members=tuple(now.get(m.name, m) for m in slot.members))
             for slot in self.slots
         ]
-        return Tracked(tree, [now.get(m.name, m) for m in self.members], slots)
+        return Tracked(tree, [now.get(m.name, m) for m in self.members], slots, self.feed)
 
     def restaged(self) -> Tracked:
         """The same with stages of the dtypes that the params have now."""
         with torch.inference_mode(False):  # As in allocate().
             slots = [
-                s if s.stage is None else replace(s, stage=s.stage.to(s.param.dtype))
+                s if s.stage is None else replace(s, stage=s.stage.to(s.followed.dtype))
                 for s in self.slots
             ]
-        return Tracked(self.tree, self.members, slots)
+        return Tracked(self.tree, self.members, slots, self.feed)
+
+    def fed(self, op: str) -> Tracked:
+        """The same with the sources that there are now, their values up to date.
+
+        Raises:
+            ValueError: Some don't fit. Nothing has changed then.
+        """
+        if self.feed is None:
+            return self
+        found = self.feed.poll()
+        if found is None and self._given_shards.are_current():
+            self.feed.prepare()
+            return self
+        given = [slot.given for slot in self.slots]
+        if found is not None:
+            given = matched(op, found, [slot.members for slot in self.slots])
+        pairs = list(zip(self.slots, given, strict=True))
+        problems = [
+            unsupported(slot.members[0], source, slot.ema.dtype)
+            for slot, source in pairs
+            if source is not None and (slot.ema.dtype, source.dtype) not in DTYPE_PAIRS
+        ]
+        if problems:
+            raise misfit(op, problems)
+        slots = [replace(slot, given=source) for slot, source in pairs]
+        tracked = Tracked(self.tree, self.members, slots, self.feed)
+        tracked.lay_anew()
+        tracked.plan  # noqa: B018  What it refuses isn't taken.
+        if found is not None:
+            self.feed.take(found)
+        self.feed.prepare()
+        return tracked
 
     def by_name(self, values_of: Callable[[int], Tensor]) -> dict[str, Tensor]:
         """Name to values, from a function of the slot's index; in the model's order."""
@@ -311,6 +375,8 @@ class Tracked:
         for slot in self.slots if slots is None else slots:
             param = slot.param
             if param.shape != slot.ema.shape:
+                if refusal := _shards.refusal(slot.name, slot.members[0].tensor):
+                    raise ValueError(f"fused_ema.EMAManager.{op}: {refusal}")
                 raise ValueError(
                     f"fused_ema.EMAManager.{op}: '{slot.name}' has shape {list(param.shape)} but "
                     f"its ema has {list(slot.ema.shape)}; give it back its shape, or call "
@@ -337,11 +403,17 @@ class Tracked:
         The plan finds these as well, but doesn't know the way out.
         """
         for slot in self.averaged:
-            if (slot.ema.dtype, slot.param.dtype) not in DTYPE_PAIRS:
+            if (slot.ema.dtype, slot.followed.dtype) not in DTYPE_PAIRS:
                 raise TypeError(
-                    f"fused_ema.EMAManager.{op}: '{slot.name}' is {slot.param.dtype} now and its "
-                    f"ema is {slot.ema.dtype}, and these can't be averaged; convert it back, or "
-                    "call refresh() to go on in another dtype"
+                    f"fused_ema.EMAManager.{op}: '{slot.name}' is {slot.followed.dtype} now and "
+                    f"its ema is {slot.ema.dtype}, and these can't be averaged; convert it back, "
+                    "or call refresh() to go on in another dtype"
+                )
+            if slot.followed.shape != slot.ema.shape:
+                raise ValueError(
+                    f"fused_ema.EMAManager.{op}: the source of '{slot.name}' has shape "
+                    f"{list(slot.followed.shape)} now and its ema has {list(slot.ema.shape)}; give "
+                    "it back its shape, or pass another source"
                 )
         found: dict[object, Slot] = {}
         for slot in self.slots:
@@ -410,15 +482,22 @@ class Policy:
             self._kind_of(member)
 
     def track(
-        self, tree: Tree, members: Sequence[Member], old: Mapping[str, Slot] | None = None
+        self,
+        op: str,
+        tree: Tree,
+        members: Sequence[Member],
+        old: Mapping[str, Slot] | None = None,
+        feed: Feed | None = None,
     ) -> Tracked:
-        """Slots for these members, with emas that are clones of the params.
+        """Slots for these members, with emas that are clones of what they follow.
 
         Args:
+            op: For errors.
             tree: The model that was read.
             members: The tracked ones, which have been checked.
             old: Slots of before by name: what fits of their emas is kept as it is. None for a new
                 manager, for which each rank makes one.
+            feed: Where sources are asked for.
         """
         is_new, old = old is None, {} if old is None else old
         groups = group_tied(members)
@@ -428,7 +507,11 @@ class Policy:
         judged = [
             i
             for i, (group, (kind, _)) in enumerate(zip(groups, decided, strict=True))
-            if kind == "average" and group[0].is_buffer and before[i] is None
+            if kind == "average"
+            and group[0].is_buffer
+            and before[i] is None
+            # Of float8 torch can't tell, and it is refused below.
+            and params[i].element_size() > 1
         ]
         # A mask of -inf would be NaN after one update, an observer's limits for ever infinite.
         finite = _storage.are_finite([params[i] for i in judged])
@@ -441,19 +524,32 @@ class Policy:
                 decided[i] = slot.kind, slot.reason
         told = [member.tensor for member in members] if is_new else []
         with _shards.one_error(_TITLE, told):
-            return self._made(tree, members, groups, decided, before)
+            return self._made(op, tree, members, groups, decided, before, feed)
 
     def _made(
         self,
+        op: str,
         tree: Tree,
         members: Sequence[Member],
         groups: Sequence[Sequence[Member]],
         decided: Sequence[tuple[Kind, str]],
         before: Sequence[Slot | None],
+        feed: Feed | None,
     ) -> Tracked:
         params = [group[0].local for group in groups]
+        found = {} if feed is None else feed.poll() or {}
+        given: list[Tensor | None] = [None] * len(groups)
+        if feed is not None:
+            given = matched(op, found, groups)
+        followed = [
+            param if one is None else _shards.shard_of(one)
+            for param, one in zip(params, given, strict=True)
+        ]
         kinds = [kind for kind, _ in decided]
-        dtypes = [self._dtype_of(group[0], kind) for group, kind in zip(groups, kinds, strict=True)]
+        dtypes = [
+            self._dtype_of(group[0], kind, one)
+            for group, kind, one in zip(groups, kinds, followed, strict=True)
+        ]
         devices = [self.device or param.device for param in params]
         kept = {
             i: slot.ema
@@ -461,27 +557,32 @@ class Policy:
             if slot is not None
             and slot.name == groups[i][0].name  # Of tensors that were tied one goes on with it.
             and _shards.is_laid_alike(slot.members[0].tensor, groups[i][0].tensor)
-            and _has_room(slot.ema, params[i], dtypes[i], devices[i])
+            and _has_room(slot.ema, followed[i], dtypes[i], devices[i])
         }
         new = [i for i in range(len(groups)) if i not in kept]
         made = _storage.allocate(
-            [params[i] for i in new], [dtypes[i] for i in new], [devices[i] for i in new]
+            [followed[i] for i in new], [dtypes[i] for i in new], [devices[i] for i in new]
         )
         emas = kept | dict(zip(new, made, strict=True))
         away = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
         stages = _storage.allocate(
-            [params[i] for i in away], [params[i].dtype for i in away], [devices[i] for i in away]
+            [followed[i] for i in away],
+            [followed[i].dtype for i in away],
+            [devices[i] for i in away],
         )
         stage_of = dict(zip(away, stages, strict=True))
         slots = [
-            Slot(tuple(group), *decided[i], emas[i], stage_of.get(i), params[i].device)
+            Slot(tuple(group), *decided[i], emas[i], stage_of.get(i), params[i].device, given[i])
             for i, group in enumerate(groups)
         ]
-        tracked = Tracked(tree, members, slots)
+        tracked = Tracked(tree, members, slots, feed)
         # Now, so that what can't be averaged is an error at once, and nothing is made at an exit.
         tracked.plan  # noqa: B018
         tracked._copies  # noqa: B018
-        _storage.copy(made, [params[i] for i in new])
+        if feed is not None:
+            feed.take(found)
+            feed.prepare()
+        _storage.copy(made, [followed[i] for i in new])
         return tracked
 
     def _kind_of(self, member: Member) -> tuple[Kind, str]:
@@ -507,8 +608,8 @@ class Policy:
             return "average", "a norm layer's running statistic"
         return "copy", "no running statistic of a norm layer"
 
-    def _dtype_of(self, member: Member, kind: Kind) -> torch.dtype:
-        own = member.local.dtype
+    def _dtype_of(self, member: Member, kind: Kind, followed: Tensor) -> torch.dtype:
+        own = followed.dtype
         if member.local.layout != torch.strided:
             raise TypeError(
                 f"fused_ema.EMAManager: '{member.name}' has layout {member.local.layout}; only "
@@ -522,8 +623,11 @@ class Policy:
             dtype = self.ema_dtype
         if kind == "average" and (dtype, own) not in DTYPE_PAIRS:
             pairs = ", ".join("/".join(map(dtype_name, pair)) for pair in DTYPE_PAIRS)
+            what = f"'{member.name}'"
+            if followed is not member.local:
+                what = f"the source of {what}"
             raise TypeError(
-                f"fused_ema.EMAManager: '{member.name}' is {own} and its ema would be {dtype}; "
+                f"fused_ema.EMAManager: {what} is {own} and its ema would be {dtype}; "
                 f"supported pairs (ema/param): {pairs}. Choose another ema_dtype, or leave it out "
                 "with exclude="
             )

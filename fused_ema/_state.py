@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fused_ema import _checks, _shards
-from fused_ema._foreach import dtype_name
+from fused_ema._foreach import dtype_name, holds
 
 VERSION = 1
 
@@ -268,7 +268,7 @@ def _check_tensor(tensor: object, like: Tensor, dtype: torch.dtype) -> str:
     if problem := _shards.misfit(like, tensor):
         return f"{problem}; torch.distributed.checkpoint reshards what it loads"
     same_kind = tensor.dtype.is_floating_point == dtype.is_floating_point
-    if not same_kind or torch.promote_types(tensor.dtype, dtype) != dtype:
+    if not same_kind or not holds(dtype, tensor.dtype):
         return (
             f"is {dtype_name(tensor.dtype)} but is kept as {dtype_name(dtype)} here, which can't "
             "hold all its values; make the manager with the ema_dtype it was saved with"

@@ -51,14 +51,15 @@ def allocate(
             whole = flat[dtype, device]
             if tensor.numel() == 0:  # Of which a view would save and stage the whole allocation.
                 whole, offset = nothing[dtype, device], 0
-            view = with_own_storage(whole.as_strided(tensor.shape, _dense_strides(tensor), offset))
+            view = with_own_storage(whole.as_strided(tensor.shape, dense_strides(tensor), offset))
         else:
             view = torch.empty_like(tensor.detach(), dtype=dtype, device=device)
         made.append(view)
     return made
 
 
-def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+def dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """A tensor's strides where it is dense, else those that it would have without its gaps."""
     if is_dense(tensor):
         return tensor.stride()
     return torch.empty_like(tensor, device="meta").stride()
@@ -98,7 +99,9 @@ class Exchange:
         # Bool and the 8-bit dtypes have no kernel: masks and the like, seldom. With a copy of one.
         self._narrow = []
         for x, y in zip(a, b, strict=True):
-            if x.element_size() > 1:
+            if x.is_conj() or y.is_conj():  # Whose memory holds other values than they show.
+                self._narrow.append((x.detach(), y.detach(), x.detach().clone()))
+            elif x.element_size() > 1:
                 self._a.append(_as_floats(x))
                 self._b.append(_as_floats(y))
             else:

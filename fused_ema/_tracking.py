@@ -53,7 +53,7 @@ class Member:
 
 
 @dataclass(eq=False)
-class _Watch:
+class Watch:
     """Dicts, and the keys and values that each held, in turn; an Ellipsis stands for any value."""
 
     dicts: tuple[dict[str, Any], ...]
@@ -118,12 +118,12 @@ class Tree:
         self.units = _shards.Units([]) if units is None else units
         filled = [(owned, held) for owned, held in contents if held]
         empty = [owned for owned, held in contents if not held]
-        self._filled = _Watch(
+        self._filled = Watch(
             tuple(owned for owned, _ in filled),
             tuple(list(chain.from_iterable(zip_longest(owned, held))) for owned, held in filled),
         )
         self._empty = [
-            _Watch(tuple(turn), tuple([] for _ in turn))
+            Watch(tuple(turn), tuple([] for _ in turn))
             for turn in (empty[turn::NUM_TURNS] for turn in range(NUM_TURNS))
         ]
         self._turn = 0

@@ -8,14 +8,15 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
+from operator import is_not
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _checks, _shards, _slots, _state, _steps, _storage, _tracking
-from fused_ema._foreach import check_form, dtype_name, has_plain_memory
+from fused_ema import _checks, _shards, _slots, _sources, _state, _steps, _storage, _tracking
+from fused_ema._foreach import check_form, dtype_name, has_plain_memory, holds
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -98,6 +99,13 @@ class EMAManager:
             ``"skip"`` tracks none. Or a dictionary of name patterns to these; the first that
             matches counts, and what none matches is ``"auto"``. A buffer that holds something
             infinite or NaN now is copied in any case. :meth:`describe` says what became of each.
+        sources: What is averaged in place of parameters, such as the fp32 masters of an optimizer:
+            a dictionary of their names to tensors of the same shapes and devices, a function that
+            returns one, or what :mod:`fused_ema.sources` makes. A function is called at each
+            update; a dictionary is looked at then, but can't know that the optimizer has others by
+            now, as after its ``load_state_dict()``. A parameter that isn't among them is averaged
+            itself. All else is the model's: names, buffers, what is tracked, and what a swap
+            exchanges; sources are only read, and ``ema_dtype`` goes by theirs.
         decay: Not taken; the error says which momentum it is.
 
     Raises:
@@ -139,6 +147,7 @@ class EMAManager:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         buffers: BufferMode | Mapping[str, BufferMode] | None = None,
+        sources: _sources.Given | None = None,
         decay: None = None,
     ) -> None:
         if decay is not None:
@@ -155,10 +164,13 @@ class EMAManager:
         if len(given) > 1:
             raise ValueError(f"{_TITLE}: both {' and '.join(given)} are set; choose one")
         check_form("EMAManager", form)
+        if sources is not None:
+            _sources.check(sources)
         self._model = model
+        self._sources = sources
         self._momentum = _checks.momentum("EMAManager", momentum)
         if momentum_fun is None:
-            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=3)
+            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=2)
         self._momentum_fun = momentum_fun
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
@@ -168,7 +180,7 @@ class EMAManager:
         rules = _tracking.Buffers.parse("auto" if buffers is None else buffers)
         self._policy = _slots.Policy(
             ema_dtype,
-            None if device is None else torch.empty(0, device=device).device,
+            None if device is None else _checks.device("EMAManager", device),
             rules,
         )
         self._selection = _tracking.Selection(
@@ -184,9 +196,10 @@ class EMAManager:
         # While swapped: the raw values of the slots that aren't exchanged in place, by index.
         self._aside: dict[int, Tensor] = {}
         self._marks = _storage.make_marks()
-        self._hooks: weakref.WeakKeyDictionary[torch.optim.Optimizer, RemovableHandle]
-        self._hooks = weakref.WeakKeyDictionary()
-        self._checked: object = None
+        self._hooked: tuple[list[weakref.ref[torch.optim.Optimizer]], RemovableHandle | None]
+        self._hooked = [], None
+        # Weak: what was tracked before a refresh() must be able to go.
+        self._checked: tuple[int, weakref.ref[_slots.Tracked]] | None = None
         # From a swap in to the swap out: where each param was. Its memory is held as well, or a
         # conversion there and back could come to lie at the same address.
         self._places: list[tuple[int, object]] = []
@@ -209,8 +222,9 @@ class EMAManager:
             facts += [self._settings(), *map(_fact, members)]
             if old is not None:
                 self._refuse_if_laid_otherwise(op, members)
+            feed = None if self._sources is None else _sources.bind(self._sources, tree.members)
         before = None if old is None else {m.name: s for s in old.slots for m in s.members}
-        tracked = self._policy.track(tree, members, before)
+        tracked = self._policy.track(op, tree, members, before, feed)
         tree.members.clear()  # They are the tracked members' alone to hold on to.
         return tracked, frozen
 
@@ -284,7 +298,10 @@ class EMAManager:
         yield from self._emas().items()
 
     def describe(self) -> dict[str, str]:
-        """What an update does with each tensor, and why, by name: ``"averaged: a parameter"``."""
+        """What an update does with each tensor, and why, by name: ``"averaged: a parameter"``.
+
+        ``"averaged: from its source"`` where ``sources=`` had one the last time it was asked.
+        """
         slots = self._tracked.slots
         treatments = {member.name: slot.treatment for slot in slots for member in slot.members}
         return {member.name: treatments[member.name] for member in self._tracked.members}
@@ -294,6 +311,7 @@ class EMAManager:
         num_elements = sum(slot.members[0].tensor.numel() for slot in self._tracked.slots)
         tracked = self._tracked
         others = {"copied": tracked.copied, "kept": [s for s in tracked.slots if s.kind == "keep"]}
+        others["from sources"] = [slot for slot in tracked.slots if slot.given is not None]
         parts = "".join(f", {len(slots):,} {what}" for what, slots in others.items() if slots)
         return (
             f"EMAManager({len(tracked.slots):,} tensors, {num_elements:,} elements{parts}, "
@@ -345,8 +363,13 @@ class EMAManager:
             )
         self._refuse_if_another_is_swapped(op)
 
-    def register_step_post_hook(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
-        """Makes an optimizer call :meth:`update` after each of its steps.
+    def register_step_post_hook(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *others: torch.optim.Optimizer,
+        partial: bool = False,
+    ) -> RemovableHandle:
+        """Makes optimizers call :meth:`update` after each training step.
 
         A step that a gradient scaler skips is no step, and with gradient accumulation there is one
         update for each real step. A fused optimizer is called by the scaler in any case and skips
@@ -354,32 +377,75 @@ class EMAManager:
         the model holds the ema is refused before it writes anything. As all hooks of torch's
         optimizers, it isn't there in a copy or a pickle of the optimizer.
 
+        Of several optimizers, whatever their order, an update runs once all have stepped since the
+        last one: after the last of them, where each steps once. One that steps more often waits for
+        the others; a round in which a step is skipped has no update. Optimizers that step inside of
+        the backward pass, as those for single parameters do (gradient release), make one update at
+        the end of each pass. ``docs/steps.md`` has the right lines for trainers and optimizers.
+
         Args:
             optimizer: May be one that accelerate or Opacus has prepared.
+            others: All that train what is averaged, where there are several.
+            partial: Says that what they don't hold isn't trained, though it requires a gradient.
 
         Returns:
-            A handle; its ``remove()`` ends it.
+            A handle; its ``remove()`` ends it, for all of them.
 
         Raises:
-            TypeError: Not an optimizer, or one whose steps call no hooks.
-            RuntimeError: This manager's hook is there already.
+            TypeError: Not an optimizer, one whose steps call no hooks, or one of DeepSpeed's.
+            ValueError: A parameter that is averaged and requires a gradient is in none of them:
+                they hold a part, or copies that are written to the model after their steps.
+            RuntimeError: This manager has a hook already.
         """
         title = f"{_TITLE}.register_step_post_hook"
-        found = _steps.hookable(title, optimizer)
-        known = self._hooks.get(found)
-        if known is not None and known.id in found._optimizer_step_post_hooks:
+        found = [_steps.hookable(title, given) for given in (optimizer, *others)]
+        hooks = [one._optimizer_step_post_hooks for one in found]
+        if len({id(one) for one in hooks}) < len(hooks):
+            raise ValueError(f"{title}: an optimizer is given twice; pass each once")
+        if (hooked := self._hooked_now()) is not None:
             raise RuntimeError(
-                f"{title}: this {type(found).__name__} calls update() already; remove() the handle "
-                "of the first call, or keep that one"
+                f"{title}: this {type(hooked).__name__} calls update() already; remove() the "
+                "handle of that call, or pass all optimizers in one call, for one update after the "
+                "last of them"
             )
+        if not partial:
+            _steps.refuse_others(title, found, self._trained())
+        rounds = _steps.Rounds(len(found), self.update)
+        references = [weakref.ref(one) for one in found]
+        heads = [_steps.heads(one) for one in found]
 
-        def after_step(optimizer: object) -> None:
-            if not was_skipped(optimizer):
-                self.update()
+        def before_step(index: int, stepping: Any) -> None:
+            self._refuse_update("optimizer.step")
+            rounds.before(index, stepping)
+            now = _steps.heads(stepping)
+            if len(now) != len(heads[index]) or any(map(is_not, now, heads[index])):
+                # As wrappers do that are made after the hook, and step copies of their own.
+                alive = [one for reference in references if (one := reference()) is not None]
+                if not partial:
+                    _steps.refuse_others(title, alive, self._trained())
+                heads[index] = now
 
-        handle = _steps.register(found, lambda: self._refuse_update("optimizer.step"), after_step)
-        self._hooks[found] = handle
+        handle = _steps.register(found, before_step, rounds.after)
+        self._hooked = references, handle
         return handle
+
+    def _hooked_now(self) -> torch.optim.Optimizer | None:
+        """An optimizer that calls update() by this manager's hook."""
+        references, handle = self._hooked
+        for reference in references:
+            optimizer = reference()
+            if handle and optimizer and handle.id in optimizer._optimizer_step_post_hooks:
+                return optimizer
+        return None
+
+    def _trained(self) -> dict[str, list[Tensor]]:
+        """The parameters that are averaged and require a gradient, with what stands for them."""
+        trained = {}
+        for slot in self._tracked.averaged:
+            tensors = [member.tensor for member in slot.members]
+            if any(tensor.requires_grad for tensor in tensors):
+                trained[slot.name] = tensors + ([] if slot.given is None else [slot.given])
+        return trained
 
     def _apply(self, momentum: float | None) -> None:
         """Averages with that momentum, or copies everything where there is none."""
@@ -387,7 +453,9 @@ class EMAManager:
         if not tracked.is_current_so_far():
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
-        if tracked.staged and any(s.source.dtype != s.param.dtype for s in tracked.staged):
+        if tracked.feed is not None:
+            self._tracked = tracked = tracked.fed("update")
+        if tracked.staged and any(s.source.dtype != s.followed.dtype for s in tracked.staged):
             self._tracked = tracked = tracked.restaged()
         if tracked.tied:
             tracked.check_geometry("update", tracked.tied)
@@ -395,7 +463,7 @@ class EMAManager:
             plan = tracked.plan
             num_refreshes = plan._num_refreshes
             if staged := tracked.staged:
-                _storage.copy([slot.source for slot in staged], [slot.param for slot in staged])
+                _storage.copy([slot.source for slot in staged], [slot.followed for slot in staged])
             if momentum is None:
                 tracked.follow()
             else:
@@ -434,7 +502,8 @@ class EMAManager:
                 try:
                     self._swap_out("swapped")
                 except (KeyboardInterrupt, SystemExit):
-                    self._swap_out("swapped")
+                    if self._is_swapped:  # It may come after the last write, too.
+                        self._swap_out("swapped")
                     raise
 
     def swap(self) -> None:
@@ -465,7 +534,8 @@ class EMAManager:
             _Write(slots[i].param, slots[i].ema, raw) for i, raw in zip(others, room, strict=True)
         ]
         try:
-            self._exchange(True, dict(zip(others, room, strict=True)), writes)
+            with tracked.writable():
+                self._exchange(True, dict(zip(others, room, strict=True)), writes)
         except (TypeError, ValueError):
             tracked.check_pairs(op)
             raise
@@ -503,7 +573,8 @@ class EMAManager:
             and _place_of(slot.param)[0] != address
             and not _is_wider(slot.param.dtype, slot.ema.dtype)
         ]
-        self._exchange(False, aside, writes)
+        with tracked.writable():
+            self._exchange(False, aside, writes)
         self._places = []
         if lost:
             warnings.warn(
@@ -644,19 +715,19 @@ class EMAManager:
                     "back first"
                 )
         self._refuse_if_another_holds("copy_to", ((m.name, m.local) for g in tied for m in g))
+        for module, values in carried:  # First, since it may raise, which a copy doesn't any more.
+            module.set_extra_state(values)
         _storage.copy(
             [group[0].local for group in tied],
             [_shards.part_of(group[0].tensor, emas[group[0].name]) for group in tied],
         )
         _shards.Shards([group[0].tensor for group in tied]).note_write()
         tree.units.note_write()
-        for module, values in carried:
-            module.set_extra_state(values)
 
     # ---- when the model has changed
 
     def reset(self) -> None:
-        """Starts anew: every ema a clone of its param, no iteration seen.
+        """Starts anew: every ema a clone of its param or source, no iteration seen.
 
         After pretrained weights were loaded into the model, for one.
 
@@ -667,7 +738,9 @@ class EMAManager:
         self._refuse_if_swapped("reset")
         tracked = self._follow("reset")
         tracked.check_geometry("reset")
-        _storage.copy([slot.ema for slot in tracked.slots], [slot.param for slot in tracked.slots])
+        self._tracked = tracked = tracked.fed("reset")
+        slots = tracked.slots
+        _storage.copy([slot.ema for slot in slots], [slot.followed for slot in slots])
         self._iteration = 0
         self._num_updates = 0
 
@@ -836,7 +909,9 @@ class EMAManager:
         given_state = state_dict
         incompatible = _state.IncompatibleKeys([], [])
         if not strict:
-            own = tracked.by_name(lambda i: slots[i].param.detach())
+            self._tracked = tracked = tracked.fed("load_state_dict")
+            slots = tracked.slots
+            own = tracked.by_name(lambda i: slots[i].followed.detach())
             given_state, incompatible = _state.completed(state_dict, own, tied)
         is_live = any(
             isinstance(values, Tensor)
@@ -913,7 +988,7 @@ class EMAManager:
     def _refuse_if_another_is_swapped(self, op: str) -> None:
         if _swapped_managers:
             # Asked again only where another set of managers is swapped, or other tensors tracked.
-            checked = (_swaps.count, self._tracked)
+            checked = (_swaps.count, weakref.ref(self._tracked))
             if self._checked != checked:
                 self._refuse_if_another_holds(op, ((s.name, s.param) for s in self._tracked.slots))
                 self._checked = checked
@@ -942,12 +1017,6 @@ class EMAManager:
         slot = self._tracked.slots[index]
         is_in_model = self._is_swapped and index not in self._aside
         return slot.param.detach() if is_in_model else slot.ema
-
-
-def was_skipped(optimizer: object) -> bool:
-    """Whether a gradient scaler has just let a fused optimizer skip its step; for a step hook."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)
 
 
 def _extra_states(
@@ -979,11 +1048,13 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
     tensor = member.tensor
     if _tracking.is_quantised(tensor):
         return f"is quantised there ({type(tensor).__name__}); copy before the model is quantised"
+    if _shards.is_partitioned(tensor):
+        return _shards.refusal("", tensor).removeprefix("'' ")
     if tensor.shape != ema.shape:
         return f"has shape {list(tensor.shape)} but its ema has {list(ema.shape)}"
     floats = ema.is_floating_point(), tensor.is_floating_point()
     if tensor.dtype != ema.dtype and not all(floats):
-        fits = not any(floats) and torch.promote_types(ema.dtype, tensor.dtype) == tensor.dtype
+        fits = not any(floats) and holds(tensor.dtype, ema.dtype)
         if not fits or torch.bool in (ema.dtype, tensor.dtype):
             return f"is {tensor.dtype} but its ema is {ema.dtype}"
     if problem := _shards.misfit(tensor, ema):
@@ -1001,7 +1072,7 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
 
 
 def _is_wider(dtype: torch.dtype, than: torch.dtype) -> bool:
-    return dtype != than and torch.promote_types(dtype, than) == dtype
+    return dtype != than and holds(dtype, than)
 
 
 def _place_of(tensor: Tensor) -> tuple[int, object]:

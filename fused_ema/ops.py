@@ -55,7 +55,7 @@ def update_(
         >>> ema
         [tensor([0.2500, 0.2500, 0.2500])]
     """
-    is_high = isinstance(momentum, float) and momentum > 0.5
+    is_high = isinstance(momentum, float) and 0.5 < momentum < 1
     if is_high and not torch.compiler.is_compiling() and not _warned:
         _warned.append(True)
         _checks.warn_of_decay("update_", float(momentum), stacklevel=2)
@@ -75,6 +75,8 @@ def _update(
         else:
             torch.ops.fused_ema.update_.default(ema, params, momentum, form)
     elif _native.C is not None:
+        if not isinstance(form, str):  # Of which pybind11's error would show all of the lists.
+            _foreach.check_form("update_", form)
         _native.C.update_(ema, params, momentum, form)
     else:
         momentum = _foreach.check_momentum("update_", momentum)

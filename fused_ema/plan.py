@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fused_ema import _caches, _checks, _foreach, _native
+from fused_ema import _caches, _checks, _foreach, _native, _shards
 from fused_ema.ops import Form
 
 
@@ -20,7 +20,9 @@ class Plan:
     (``p.data = ...``, ``module.to(...)``, a re-shard) it checks and makes the table anew, so
     nothing is ever written through an old address. A contiguous tensor that got another shape over
     the same memory holds the same elements, and is simply followed. Replacing a ``Parameter``
-    object in a module is beyond its sight: it keeps the tensors it was given. Moving a tensor while
+    object in a module is beyond its sight: it keeps the tensors it was given, also
+    those that an optimizer's state no longer holds after its ``load_state_dict()``, and an average
+    of them stands still: ``EMAManager(sources=)`` follows the new ones. Moving a tensor while
     another thread is inside a call is a race, as it is with torch's own functions.
 
     Making a plan, or making it anew, is not possible while a CUDA graph is being captured; running
@@ -52,8 +54,19 @@ class Plan:
         names: Sequence[str] | None = None,
     ) -> None:
         self._plan: Any
+        names = None if names is None else list(names)
+        for index, name in enumerate(names or ()):
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"fused_ema.Plan: names[{index}] is a {type(name).__name__}; pass strings"
+                )
+        self._names = names
+        self._lists = (ema, params)
+        # Which may be empty at any call.
+        self._zero3 = _shards.zero3_of(self._lists)
+        self._refuse_partitioned("")
         if _native.C is not None:
-            self._plan = _native.C.Plan(ema, params, [] if names is None else list(names))
+            self._plan = _native.C.Plan(ema, params, names or [])
         else:
             self._plan = _foreach.Plan(ema, params, names)
         self._num_tensors = len(ema)
@@ -75,28 +88,48 @@ class Plan:
         Warns:
             UserWarning: Once, of a momentum above 0.5, which most often is a decay.
         """
-        if isinstance(momentum, float) and momentum > 0.5 and not self._has_warned:
+        if isinstance(momentum, float) and 0.5 < momentum < 1 and not self._has_warned:
             self._has_warned = True
             _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
-        self._plan.update(momentum, form)
+        self._update(momentum, form)
 
     def _update(self, momentum: float | Tensor, form: Form) -> None:
         """The same without a warning: of a schedule's momentum."""
-        self._plan.update(momentum, form)
+        if not isinstance(form, str):
+            _foreach.check_form("Plan.update", form)
+        self._run("update", momentum, form)
 
     def swap(self) -> None:
         """Exchanges every ema with its param, as :func:`fused_ema.swap_` does."""
-        self._plan.swap()
+        self._run("swap")
         _caches.drop()
 
     def copy_to_ema(self) -> None:
         """Copies every param into its ema."""
-        self._plan.copy_to_ema()
+        self._run("copy_to_ema")
 
     def copy_to_params(self) -> None:
         """Copies every ema into its param."""
-        self._plan.copy_to_params()
+        self._run("copy_to_params")
         _caches.drop()
+
+    def _run(self, op: str, *args: Any) -> None:
+        if self._zero3:
+            self._refuse_partitioned(f".{op}")
+        try:
+            getattr(self._plan, op)(*args)
+        except (TypeError, ValueError):
+            # deepspeed.initialize() may have partitioned them since.
+            self._zero3 = _shards.zero3_of(self._lists)
+            self._refuse_partitioned(f".{op}")
+            raise
+
+    def _refuse_partitioned(self, op: str) -> None:
+        """Raises where ZeRO-3 has a tensor empty: two such would pass for a pair of empty ones."""
+        for i, tensor in self._zero3:
+            if _shards.is_partitioned(tensor):
+                name = f"tensor {i}" if not self._names else self._names[i]
+                raise ValueError(f"fused_ema.Plan{op}: {_shards.refusal(name, tensor)}")
 
     def describe(self) -> list[dict[str, Any]]:
         """Who serves what: one entry per device and dtype pair.

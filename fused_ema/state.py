@@ -7,7 +7,7 @@ from it, and :func:`write` writes one of the formats: :mod:`fused_ema.formats`. 
 
 from __future__ import annotations
 
-from fused_ema import _tracking, formats
+from fused_ema import _checks, _tracking, formats
 from fused_ema._format_errors import FormatError
 from fused_ema._state import (
     EMA_DTYPES_KEY,
@@ -69,7 +69,9 @@ def load_into(manager: EMAManager, found: Found, *, iteration: int | None = None
     """
     title = "fused_ema.state.load_into"
     interval, begin = manager._interval, manager._begin
-    if iteration is None:
+    if iteration is not None:
+        iteration = _checks.count("state.load_into", "iteration", iteration, 0)
+    else:
         iteration = found.iteration
     if iteration is None and found.num_updates is not None:
         iteration = (begin // interval + found.num_updates) * interval if found.num_updates else 0
@@ -96,7 +98,7 @@ def load_into(manager: EMAManager, found: Found, *, iteration: int | None = None
     try:
         manager.load_state_dict(pack(iteration, num_updates, ema, {}, False))
     except ValueError as error:
-        _, _, problems = str(error).partition("nothing was changed:")
+        _, _, problems = str(error).partition("was changed:")
         raise FormatError(
             f"{title}: the averages of '{found.format}' don't fit this model; nothing was changed:"
             f"{problems or error}"

@@ -50,6 +50,14 @@ def backend(request, monkeypatch) -> str:
 
 
 @pytest.fixture(scope="module")
+def one():
+    """A process that is a group by itself, as two() are."""
+    ranks = Ranks(1)
+    yield ranks
+    ranks.stop()
+
+
+@pytest.fixture(scope="module")
 def two():
     """Two processes of a group, which run the functions that it is called with."""
     ranks = Ranks(2)

@@ -1,12 +1,15 @@
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ RECORD_FIELDS = {
     *("num_tensors", "num_elements", "bytes", "ms", "ms_p10", "ms_p90", "gb_per_s", "host_us"),
     *("fraction_of_copy", "torch_version", "torch_cuda", "cache", "kind", "note", "rounds"),
     *("num_threads", "fused_ema_version", "foreach_arguments", "wall_us", "host_cold_us"),
+    *("pause_ms", "load"),
 }
 TINY = ["--cases", "odd", "--max-elements", "5000", "--rounds", "2", "--device", "cpu"]
 
@@ -406,6 +410,63 @@ def test_commands_for_a_gpu_say_so(command, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def children():
+    return Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()
+
+
+def test_a_run_after_pauses_and_beside_a_load_says_so(tmp_path, monkeypatch, capsys):
+    log = []
+    monkeypatch.setattr(time, "sleep", lambda s: log.append((s, len(children()))))
+    before = children()
+    argv = [
+        *TINY,
+        "--pause-ms",
+        "0,3",
+        "--load",
+        "none,cores",
+        "--json",
+        str(tmp_path / "new.json"),
+    ]
+    assert cli.main(argv) == 0
+    assert children() == before
+    records = json.loads((tmp_path / "new.json").read_text())["records"]
+    assert {r["cache"] for r in records if r["pause_ms"] or r["load"] != "none"} == {"hot"}
+    plan = [(r["pause_ms"], r["load"]) for r in records if r["provider"] == providers.PLAN]
+    assert plan == [(0, "none"), (0, "cores"), (3, "none"), (3, "cores")]
+    assert providers.ONE_THREAD in {r["provider"] for r in records}
+    num_cores = len(os.sched_getaffinity(0))
+    assert set(log) == {(3e-3, len(before)), (3e-3, len(before) + num_cores)}
+    out = capsys.readouterr().out
+    assert "odd update float32/float32 hot, 3 ms pause, every core busy - " in out
+
+
+def test_a_pause_is_before_what_is_timed_and_calls_are_single(monkeypatch):
+    log = []
+    clock = [0.0]
+    monkeypatch.setattr(time, "sleep", lambda s: log.append(s) or clock.__setitem__(0, 5.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    call = partial(log.append, "call")
+    assert timer.CpuClock(0.02).seconds([call]) == 0.0
+    assert log == [0.02, "call"]
+    log.clear()
+    timer.interleave({"a": [call]}, timer.CpuClock(), seconds=0, rounds=7, max_calls=1)
+    assert log.count("call") == 2 + 7  # two to see how long one takes
+
+
+def test_the_plan_on_one_thread_gives_torch_its_threads_back(monkeypatch):
+    seen = []
+    plan = SimpleNamespace(update=lambda momentum: seen.append(torch.get_num_threads()))
+    monkeypatch.setattr(providers.fused_ema, "Plan", lambda ema, params: plan)
+    (provider,) = (p for p in PROVIDERS if p.name == providers.ONE_THREAD)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        provider.prepare(odd_lists("float32/float32"), 0.5)()
+        assert (seen, torch.get_num_threads()) == ([1], 3)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_default_jobs_update_every_case_and_reach_every_op(device_type):
     jobs = cli.plan_jobs(None, None, None, device_type)
@@ -424,7 +485,16 @@ def test_jobs_that_find_no_time_are_left_out_by_name(capsys):
 
 
 def test_jobs_with_ops_or_dtypes_are_every_combination():
-    assert cli.plan_jobs(["odd"], ["swap"], None, "cpu") == [("odd", "float32/float32", "swap")]
+    assert cli.plan_jobs(["odd"], ["swap"], None, "cpu") == [
+        cli.Job("odd", "float32/float32", "swap", pause_ms=0, load="none")
+    ]
+    jobs = cli.plan_jobs(["odd"], None, None, "cpu", pauses_ms=[0, 20], loads=["none", "cores"])
+    assert [(job.op, job.pause_ms, job.load) for job in jobs] == [
+        ("update", 0, "none"),
+        ("update", 0, "cores"),
+        ("update", 20, "none"),
+        ("update", 20, "cores"),
+    ]
     assert len(cli.plan_jobs(None, list(providers.OPS), list(DTYPE_PAIRS), "cpu")) == (
         len(cases.names()) * 3 * len(DTYPE_PAIRS)
     )
@@ -484,8 +554,10 @@ def test_tables_with_rich(whole_run, capsys):
 def test_summary_compares_with_the_fastest():
     shared = {"case": "odd", "op": "update", "ema_dtype": "float32", "param_dtype": "float32"}
     shared |= {"cache": "cold", "note": "", "gb_per_s": 10.0, "fraction_of_copy": 0.9}
+    shared |= {"pause_ms": 0.0, "load": "none"}
     rows = [
         ("fused_ema plan", "ours", "ours", 2.0),
+        ("fused_ema plan, one thread", "ours", "ours", 3.0),
         ("slow loop", "naive", "torch", 9.0),
         ("loop", "naive", "torch", 8.0),
         ("foreach", "foreach", "torch", 5.0),
@@ -493,13 +565,18 @@ def test_summary_compares_with_the_fastest():
         ("own copy", "limit", "limit", 1.0),
     ]
     records = [
-        {**shared, "provider": name, "family": family, "kind": kind, "ms": ms}
+        {**shared, "provider": name, "family": family, "kind": kind, "ms": ms, "ms_p90": 2 * ms}
         for name, family, kind, ms in rows
     ]
-    assert report.summary(records).rows == (
-        ("odd", "update", "float32/float32", "cold", "2", "10", "90%", "4.00x", "2.50x", "2.00x"),
+    paused = [{**r, "cache": "hot", "pause_ms": 20.0, "load": "cores"} for r in records]
+    what = "odd", "update", "float32/float32"
+    figures = "2", "4", "10", "90%", "1.50x", "4.00x", "2.50x", "2.00x"
+    assert report.summary(records + paused).rows == (
+        (*what, "cold", "", "", *figures),
+        (*what, "hot", "20 ms", "cores", *figures),
     )
     assert report.headline(records) == "cold 2 ms, 2.00x package;"
+    assert report.headline(paused) == "hot, 20 ms pause, every core busy 2 ms, 2.00x package;"
 
 
 @pytest.mark.parametrize(

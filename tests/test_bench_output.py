@@ -8,7 +8,8 @@ import pytest
 from bench import __main__ as cli
 from bench import report
 
-WITH_JSON = [name for name in (*cli.COMMANDS, *cli.GPU_COMMANDS) if name != "verdict"]
+WITHOUT_JSON = ("scale", "verdict")
+WITH_JSON = [c for c in (*cli.COMMANDS, *cli.GPU_COMMANDS) if c not in WITHOUT_JSON]
 WITH_PLOT = ["ops", "train", "verdict"]
 
 

@@ -217,6 +217,24 @@ def test_bad_form(backend):
             call()
 
 
+@pytest.mark.parametrize("form", [None, 1])
+def test_a_form_that_is_no_string(backend, form):
+    ema, params = [torch.zeros(500)] * 2, [f32(500)] * 2
+    for op, call in (
+        ("update_", lambda: fused_ema.update_(ema, params, 0.5, form)),
+        ("Plan.update", lambda: fused_ema.Plan(ema[:1], params[:1]).update(0.5, form)),
+    ):
+        with pytest.raises(ValueError, match="form is") as caught:
+            call()
+        assert str(caught.value) == f"fused_ema.{op}: form is '{form}'; choose 'lerp' or 'mul_add'"
+
+
+def test_names_that_are_no_strings(backend):
+    with pytest.raises(TypeError) as caught:
+        fused_ema.Plan([torch.zeros(500)], [f32(500)], [0])
+    assert str(caught.value) == "fused_ema.Plan: names[0] is a int; pass strings"
+
+
 def test_empty_lists_do_nothing(backend):
     fused_ema.update_([], [], 0.5)
     fused_ema.swap_([], ())

@@ -13,8 +13,17 @@ import fused_ema
 import fused_ema.manager
 import fused_ema.ops
 import fused_ema.plan
+import fused_ema.sources
+from bench import scale
+from bench.__main__ import main as bench
 
-MODULES = (fused_ema.ops, fused_ema.plan, fused_ema.manager, fused_ema.schedules)
+MODULES = (
+    fused_ema.ops,
+    fused_ema.plan,
+    fused_ema.manager,
+    fused_ema.schedules,
+    fused_ema.sources,
+)
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -56,3 +65,28 @@ def test_docstring_examples(module):
     result = doctest.testmod(module, extraglobs=names)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+# ---- docs/scale.md
+
+
+def test_the_tables_of_scale_are_those_of_the_records(capsys):
+    assert bench(["scale"]) == 0
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 3
+    for table in tables:
+        assert table in (README.parent / "docs" / "scale.md").read_text()
+
+
+def test_scale_by_hand():
+    cells = {row[:2]: row[2:] for row in (*scale.memory().rows, *scale.times().rows)}
+    eight, sixty_four = scale.GPUS.index(8), scale.GPUS.index(64)
+    # 70e9 x 4 bytes / 64, and 280 GB in all.
+    assert cells["70B", "fp32 or split, a GPU"][sixty_four] == "4.38"
+    assert cells["70B", "fp32 on the host, a host of 8"][eight] == "280"
+    # 70e9 x 12 bytes / 64 / 4,323.5 GB/s, and 8e9 x 8 bytes / 8 / 95.8 GB/s.
+    assert cells["70B", "fp32, fp32 params"][sixty_four] == "3.04"
+    assert cells["8B", "fp32 on the host, fp32 params *"][eight] == "83.5"
+    # 671e9 x (4 + 4) bytes / 32 are 168 GB; x (2 + 2) / 16 too.
+    assert cells["671B", "fp32, fp32 params"][scale.GPUS.index(32)] == "-"
+    assert cells["671B", "bf16, bf16 params *"][scale.GPUS.index(16)] == "-"

@@ -14,7 +14,6 @@ import pickle
 import re
 import resource
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ import pytest
 import torch
 import torch.multiprocessing
 from nets import Net, assert_same, move, values_of
-from processes import Fork, forked
+from processes import Fork, forked, in_a_process, pythons, run_threads
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,35 +37,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc, fo
 ROOT = Path(__file__).parents[1]
 F32 = (torch.float32, torch.float32)
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-def pythons(*codes, timeout=60):
-    """Runs each code in an interpreter of its own, all at once; any warning there is an error."""
-    paths = [str(ROOT), str(ROOT / "tests"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for code in codes
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [(p.returncode, *output) for p, output in zip(processes, outputs, strict=True)]
-
-
-def in_a_process(function, *args):
-    """Calls a function of this file in a new interpreter; returns what it returned, as text."""
-    call = f"test_faults.{function.__name__}(*{args!r})"
-    ((status, stdout, stderr),) = pythons(f"import test_faults; print({call}, end='')")
-    assert status == 0, stderr
-    return stdout
 
 
 @pytest.fixture
@@ -781,26 +751,6 @@ def test_params_resized_in_place_are_an_error_until_they_are_back(backend):
     assert [e[0].item() for e in ema] == [1.0, 3.5, 1.0]
 
 
-def run_threads(*works, seconds=60):
-    """Runs each in a thread; raises what one of them raised, or where one doesn't end."""
-    errors = []
-
-    def guarded(work):
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(work,), daemon=True) for work in works]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(seconds)
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-    if errors:
-        raise errors[0]
-
-
 def test_a_trainer_in_another_thread_that_moves_params_between_the_updates(backend):
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(257)) for _ in range(20)]
@@ -925,36 +875,32 @@ def test_a_fork_averages_its_own_copy(tmp_path):
 def forks_with_threads():
     torch.set_num_threads(2)
     large = [torch.zeros(400_000)], [torch.ones(400_000)]
-    small = make_lists((500, 3), F32)
+    small = [torch.zeros(64) for _ in range(5000)], [torch.ones(64) for _ in range(5000)]
     plans = [fused_ema.Plan(*lists) for lists in (large, small)]
     for plan in plans:
         plan.update(0.25)
-    assert _native.C.runs_parallel()
+    assert _native.C.runs_parallel()  # OpenMP's threads are there now
 
     def with_threads(work):
         torch.set_num_threads(2)
-        work()
+        return work()
 
-    works = (
-        lambda: large[0][0].lerp_(large[1][0], 0.5),
-        lambda: plans[0].update(0.5),
-        lambda: plans[1].update(0.5),
-    )
-    # The first two may hang, so that is how long this takes.
-    limits = (4, 4, 40)
-    forks = [
-        Fork(lambda work=work: with_threads(work), seconds)
-        for work, seconds in zip(works, limits, strict=True)
-    ]
+    def average():
+        for plan in plans:
+            plan.update(0.5)
+        torch.set_num_threads(1)  # to look at them, torch's way
+        return all(t.eq(0.625).all() for t in (*large[0], *small[0]))
+
+    # The first hangs, so its limit is how long this takes.
+    works = (lambda: large[0][0].lerp_(large[1][0], 0.5), 4), (average, 40)
+    forks = [Fork(lambda work=work: with_threads(work), seconds) for work, seconds in works]
     return " ".join(fork.outcome() for fork in forks)
 
 
-def test_with_openmp_s_threads_lost_a_fork_can_do_what_it_can_with_torch():
-    # GNU's OpenMP waits forever in a fork for the threads it had: torch's functions hang there, as
-    # do large lists, until torch.set_num_threads(1). What one thread does is not touched by it.
-    by_torch, by_plan, small = in_a_process(forks_with_threads).split()
-    assert by_plan == by_torch
-    assert small == "None"
+def test_in_a_fork_that_has_lost_openmp_s_threads_a_plan_runs():
+    # GNU's OpenMP waits forever in a fork for the threads it had: torch's own functions hang there
+    # until torch.set_num_threads(1).
+    assert in_a_process(forks_with_threads) == "SIGALRM True"
 
 
 def forks_beside_updates():

@@ -191,6 +191,24 @@ def test_a_model_that_is_another():
 # ---- names
 
 
+@pytest.mark.parametrize("num_names", [20, 21, 3000])
+def test_errors_about_many_names_can_be_read(tmp_path, capsys, num_names):
+    names = [f"w{i}" for i in range(num_names)]
+    saved = {name: torch.zeros(1) for name in names}
+    saved = {"state_dict": saved, "state_dict_ema": saved}
+    with pytest.raises(FormatError, match="of another model") as error:
+        state.read(saved, ["other"])
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert lines[:20] == [f"'{name}' is not in the model" for name in names[:20]]
+    left = num_names - 20
+    assert lines[20:] == ([f"and {left:,} more"] if left else [])
+    torch.save(saved, tmp_path / "a.pth")
+    (tmp_path / "names.txt").write_text("other")
+    arguments = ["inspect", tmp_path / "a.pth", "--model-names", tmp_path / "names.txt"]
+    assert main(list(map(str, arguments))) == 2
+    assert capsys.readouterr().err.endswith(f"; and {num_names - 8} more\n")
+
+
 def test_names_are_the_models_own():
     model = a_model()
     raw, ema = both(model)
@@ -606,6 +624,40 @@ def test_positions_with_an_interval():
     plain = EMAManager(model)
     state.load_into(plain, found)
     assert plain.iteration == 0
+
+
+@pytest.mark.parametrize("kept", ["[1", "5", '{"w": 1}', "[1]", "[" * 100_000])
+def test_a_header_that_does_not_say_what_is_averaged(tmp_path, kept):
+    metadata = {"fused_ema.slot": "ema", "fused_ema.averaged": kept}
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        _safetensors.write_file(file, {"w": torch.ones(2)}, metadata)
+    with pytest.raises(FormatError, match=r"x.safetensors' doesn't say which tensors are averaged"):
+        state.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("given", ["nan", "1.5", "-0.1", "x"])
+def test_a_header_with_counters_that_are_none(tmp_path, given):
+    metadata = {"slot": "ema", "momentum": given, "iteration": "9" * 5000, "epoch": "3"}
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        _safetensors.write_file(
+            file, {"w": torch.ones(2)}, {f"fused_ema.{k}": v for k, v in metadata.items()}
+        )
+    found = state.read(tmp_path / "x.safetensors")
+    assert (found.momentum, found.iteration, found.epoch) == (None, None, 3)
+
+
+def test_an_iteration_to_go_on_from_is_a_whole_number():
+    manager = EMAManager(a_model(), 0.25)
+    found = state.read({"ema": manager.state_dict()})
+    for iteration in (-1, True, 2.0, "5"):
+        with pytest.raises(ValueError, match="iteration is") as error:
+            state.load_into(manager, found, iteration=iteration)
+        assert str(error.value) == (
+            f"fused_ema.state.load_into: iteration is {iteration!r}; it must be a whole number "
+            "from 0"
+        )
+    state.load_into(manager, found, iteration=torch.tensor(5))
+    assert manager.iteration == 5
 
 
 def test_what_doesnt_fit_changes_nothing():

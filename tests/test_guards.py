@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import linecache
 import pickle
 import warnings
 import weakref
@@ -337,8 +338,51 @@ def test_a_decay_instead_of_a_momentum():
     model = nn.Linear(2, 2)
     with pytest.raises(TypeError, match=r"no decay=0\.999 here; pass momentum=0\.001"):
         EMAManager(model, decay=0.999)
-    with pytest.warns(UserWarning, match=r"keeps 0\.001 of the average; .* pass momentum=0\.001"):
+    says = r"keeps 0\.001 of the average; .* pass momentum=0\.001"
+    with pytest.warns(UserWarning, match=says) as found:
         EMAManager(model, 0.999)
+    # The line that made the manager, not the one that called this function.
+    assert [linecache.getline(w.filename, w.lineno).strip() for w in found] == [
+        "EMAManager(model, 0.999)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "says"),
+    [
+        ({"device": "nonsense"}, ValueError, "device is 'nonsense': "),
+        ({"device": 0.5}, ValueError, "device is 0.5: "),
+        ({"device": "meta"}, ValueError, "device is 'meta', which holds no values; choose"),
+        ({"exclude": None}, TypeError, "exclude is a NoneType; pass a pattern, or a list of them"),
+        ({"include": 5}, TypeError, "include is a int; pass a pattern, or a list of them"),
+    ],
+)
+def test_a_setting_of_another_kind(settings, error, says):
+    with pytest.raises(error) as caught:
+        EMAManager(nn.Linear(2, 2), **settings)
+    assert str(caught.value).startswith(f"fused_ema.EMAManager: {says}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_dtypes_that_torch_cannot_promote(dtype):
+    model = nn.Linear(2, 2)
+    ema = EMAManager(model)
+    state = ema.state_dict()
+    narrow = {name: tensor.to(dtype) for name, tensor in state["ema"].items()}
+    state["ema_dtypes"] = {name: str(dtype)[6:] for name in narrow}
+    with pytest.raises(ValueError, match=r"'weight' in 'ema' is float8_\w+ but is kept as float32"):
+        ema.load_state_dict({**state, "ema": narrow})
+    model.register_buffer("scale", torch.ones(2).to(dtype))
+    with pytest.raises(TypeError, match=r"'scale' is torch\.float8_\w+ and its ema would be"):
+        EMAManager(model, buffers="average")
+
+
+def test_copy_to_an_unsigned_buffer():
+    model, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.register_buffer("n", torch.ones(2, dtype=torch.int32))
+    other.register_buffer("n", torch.ones(2, dtype=torch.uint16))
+    with pytest.raises(ValueError, match=r"'n' is torch.uint16 but its ema is torch.int32"):
+        EMAManager(model).copy_to(other)
 
 
 def test_plans_and_operations_warn_once(monkeypatch):
@@ -346,6 +390,9 @@ def test_plans_and_operations_warn_once(monkeypatch):
     ema, params = [torch.zeros(2)], [torch.ones(2)]
     plan = fused_ema.Plan(ema, params)
     for call in (plan.update, lambda m: fused_ema.update_(ema, params, m)):
+        call(1.0)  # A copy, which is no reason, and not the one warning either.
+        with pytest.raises(ValueError, match=r"momentum is 9\b"):
+            call(9.0)
         with pytest.warns(UserWarning, match=r"momentum is 0\.9, .* pass momentum=0\.1") as found:
             call(0.9)
         assert [warning.filename for warning in found] == [__file__]
@@ -395,6 +442,30 @@ def test_swap_leaves_a_context_that_nobody_can_leave():
     ema.update()
     context.__exit__(None, None, None)
     assert torch.equal(model.weight, raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ctrl_c_right_after_the_raw_weights_came_back(monkeypatch, dtype):
+    model = nn.Linear(4, 4, dtype=dtype)
+    ema = EMAManager(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(3)
+    ema.update()
+    raw, average = model.weight.detach().clone(), dict(ema.named_emas())["weight"].clone()
+    exchange, calls = ema._exchange, []
+
+    def interrupted(*args):
+        exchange(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ema, "_exchange", interrupted)
+    with pytest.raises(KeyboardInterrupt), ema.swapped():
+        pass
+    assert not ema.is_swapped
+    assert torch.equal(model.weight, raw)
+    assert torch.equal(dict(ema.named_emas())["weight"], average)
 
 
 def test_a_state_taken_inside_says_what_it_held():
@@ -515,10 +586,20 @@ def test_nothing_is_left_to_the_garbage_collector():
         ema.copy_to(model)
         ema.load_state_dict(ema.state_dict())
 
+    def refreshed(model, ema):
+        before = weakref.ref(model[0].weight), weakref.ref(ema._tracked.plan)
+        other = EMAManager(nn.Linear(2, 2))
+        with other.swapped():
+            ema.update()
+        model[0] = nn.Linear(2, 2)
+        ema.refresh()
+        assert [reference() is None for reference in before] == [True] * 2
+
+    hooked(*made())  # The first optimizer imports more of torch, which leaves cycles of its own.
     gc.collect()
     gc.disable()
     try:
-        for do in (lambda model, ema: ema.update(), assigned, hooked, swapped, failed):
+        for do in (lambda model, ema: ema.update(), assigned, hooked, swapped, failed, refreshed):
             model, ema = made()
             do(model, ema)
             held = [model, ema, model[0].weight, model.queue, ema._tracked.plan]
@@ -566,6 +647,66 @@ def test_a_buffer_assigned_anew_is_followed_without_making_all_anew(monkeypatch,
     with ema.swapped():
         assert torch.equal(getattr(owner, key), expected)
     assert torch.equal(getattr(owner, key), new)
+
+
+class Counting(nn.Module):
+    """Assigns buffers of several kinds anew in every forward, as in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("seen", torch.zeros(3))
+        self.register_buffer("flags", torch.zeros(3, dtype=torch.bool))
+
+    def forward(self, x):
+        self.count, self.seen, self.flags = self.count + 1, self.seen + 0.5, ~self.flags
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("buffers", ["auto", "average"])
+def test_a_buffer_assigned_anew_in_inference_mode(buffers, mode):
+    model, x = Counting(), torch.ones(1, 2)
+    ema = EMAManager(model, 0.5, buffers=buffers)
+    with mode():
+        model(x)
+    ema.update()
+    raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    emas = {name: tensor.clone() for name, tensor in ema.named_emas()}
+    assert emas["seen"].tolist() == [0.25 if buffers == "average" else 0.5] * 3
+    for _ in range(2):
+        with ema.swapped():
+            for name, tensor in model.state_dict().items():
+                assert torch.equal(tensor, emas[name]), name
+            with mode():
+                model(x)
+        emas["count"] += 1
+        emas["seen"] += 0.5
+        emas["flags"].logical_not_()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, raw[name]), name
+        for name, tensor in ema.named_emas():
+            assert torch.equal(tensor, emas[name]), name
+    assert not torch.is_inference_mode_enabled()
+    ema.update()
+    weight = dict(ema.named_emas())["layer.weight"]
+    assert torch.equal(weight, emas["layer.weight"].lerp(model.layer.weight.detach(), 0.5))
+
+
+def test_a_buffer_that_is_a_conjugate_is_swapped():
+    model = nn.Linear(2, 2)
+    model.register_buffer("twiddle", torch.tensor([1 + 2j, 3 - 4j]).conj())
+    ema = EMAManager(model, 0.5)
+    with torch.no_grad():
+        model.twiddle.add_(1)
+    raw, average = model.twiddle.clone(), dict(ema.named_emas())["twiddle"].clone()
+    assert not torch.equal(raw, average)
+    with ema.swapped():
+        assert torch.equal(model.twiddle, average)
+        assert torch.equal(dict(ema.named_emas())["twiddle"], average)
+    assert torch.equal(model.twiddle, raw)
+    assert torch.equal(dict(ema.named_emas())["twiddle"], average)
 
 
 def test_a_model_laid_anew_keeps_its_kernels():
@@ -718,6 +859,19 @@ def test_extra_state_goes_with_the_average():
     assert torch.equal(plain[0].weight, before)
     ema.copy_to(model)
     assert model[0].scale == 3.0
+
+
+def test_extra_state_that_is_not_taken_leaves_the_weights(monkeypatch):
+    model, other = nn.Sequential(Scaled(2, 2)), nn.Sequential(Scaled(2, 2))
+    before = other[0].weight.detach().clone()
+
+    def refuse(self, state):
+        raise RuntimeError("no scale")
+
+    monkeypatch.setattr(Scaled, "set_extra_state", refuse)
+    with pytest.raises(RuntimeError, match="no scale"):
+        EMAManager(model, 0.5).copy_to(other)
+    assert torch.equal(other[0].weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from masters import InState
 from sharded import (
     SHARDED,
     SHARDED_4,
@@ -30,7 +31,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_ema import EMAManager, schedules
+from fused_ema import EMAManager, Plan, schedules, sources
 from fused_ema.testing import assert_bits_equal
 
 
@@ -444,14 +445,41 @@ def refused():
     assert ema.describe()["table"].startswith("averaged")
 
 
-def test_empty_parameters_of_zero3():
-    model = nn.Linear(4, 4)
+def partition(model):
+    """As ZeRO-3 leaves parameters between their uses."""
     for p in model.parameters():
         p.ds_id, p.ds_shape = 0, p.shape
         p.data = torch.empty(0)
-    with pytest.raises(ValueError, match="'weight' is partitioned by DeepSpeed ZeRO-3") as error:
-        EMAManager(model)
-    assert "fused_ema.Plan" in str(error.value)
+
+
+def test_empty_parameters_of_zero3(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", sys)
+    made_before, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    ema, plan = (
+        EMAManager(made_before, momentum=0.25),
+        Plan(
+            [p.detach().clone() for p in made_before.parameters()], list(made_before.parameters())
+        ),
+    )
+    averages = {name: values.clone() for name, values in ema.named_emas()}
+    model = nn.Linear(4, 4)
+    partition(model), partition(made_before)
+    params = list(model.parameters())
+    for call in (
+        lambda: EMAManager(model),
+        lambda: Plan(params, list(made_before.parameters())),
+        lambda: Plan([torch.zeros(p.ds_shape) for p in params], params, ["weight", "bias"]),
+        *(ema.update, ema.swap, ema.reset, ema.refresh, ema.swapped().__enter__),
+        lambda: EMAManager(other).copy_to(model),
+        *(lambda: plan.update(0.25), plan.swap, plan.copy_to_ema, plan.copy_to_params),
+    ):
+        with pytest.raises(ValueError, match="is partitioned by DeepSpeed ZeRO-3") as error:
+            call()
+        assert "hooks.deepspeed.EngineEMA" in str(error.value)
+        assert "refresh" not in str(error.value)
+    assert not ema.is_swapped
+    for name, values in ema.named_emas():
+        assert_bits_equal(values, averages[name])
 
 
 def test_without_torch_distributed():
@@ -470,3 +498,38 @@ new = {name for name in sys.modules if name.startswith("torch.distributed")} - b
 assert not new, new
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def average_masters():
+    model = by_parts(Net(dtype=torch.bfloat16, has_buffers=False))
+    optimizer = InState(model.parameters())
+    masters = sources.optimizer_state(optimizer, "master_param")
+    ema = EMAManager(model, 0.25, sources=masters)
+    ema.register_step_post_hook(optimizer)
+    params = dict(model.named_parameters())
+    expected = {name: p.detach().to_local().float() for name, p in params.items()}
+    for seed in range(3):
+        for param in params.values():
+            param.grad = torch.full_like(param, 0.01 * (seed + 1))
+        optimizer.step()
+        for name, param in params.items():
+            master = optimizer.state[param]["master_param"]
+            expected[name].lerp_(master.to_local().float(), 0.25)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert ema.num_updates == 3
+    raw = {name: p.detach().to_local().clone() for name, p in params.items()}
+    for name, average in ema.named_emas():
+        assert average.placements == params[name].placements
+        assert_bits_equal(average.to_local(), expected[name], name)
+    with ema.swapped():
+        for name, param in params.items():
+            assert torch.equal(param.to_local(), expected[name].bfloat16()), name
+    for name, param in params.items():
+        assert torch.equal(param.to_local(), raw[name]), name
+    whole = {name: torch.zeros(param.shape) for name, param in params.items()}
+    with pytest.raises(ValueError, match="each rank needs the part that it holds"):
+        EMAManager(model, 0.25, sources=whole)
+
+
+def test_masters_of_a_sharded_model(two):
+    two(average_masters)

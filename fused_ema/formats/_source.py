@@ -92,7 +92,7 @@ def tensors_of(value: Any, what: str) -> Tensors:
     tensors = {str(k): t for k, t in value.items() if not str(k).endswith("_extra_state")}
     wrong = [f"'{k}' is a {type(t).__name__}" for k, t in tensors.items() if not _is_tensor(t)]
     if wrong:
-        refuse(f"{READ}: {what} must hold tensors alone", wrong[:8])
+        refuse(f"{READ}: {what} must hold tensors alone", wrong)
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 

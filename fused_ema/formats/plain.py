@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from fused_ema._format_errors import READ, FormatError
@@ -23,20 +24,27 @@ def _read_safetensors(data: Mapping[str, Any], origin: Source) -> Found | None:
 
     def number(key: str) -> int | None:
         text = metadata.get(f"fused_ema.{key}", "")
-        return int(text) if text.isdecimal() else None
+        return int(text) if text.isdecimal() and len(text) < 20 else None
 
     momentum = None
-    if "fused_ema.momentum" in metadata:
-        try:
-            momentum = float(metadata["fused_ema.momentum"])
-        except ValueError:
-            momentum = None
+    with suppress(KeyError, ValueError):
+        given = float(metadata["fused_ema.momentum"])
+        momentum = given if 0 <= given <= 1 else None
     ema = origin.named(data, "the file")
     why = "the prefix was given" if origin.prefix else "it has nothing else"
     kept = metadata.get("fused_ema.averaged")
     raw: Tensors = {}
     if kept is not None:
-        averaged = set(json.loads(kept))
+        try:
+            names = json.loads(kept)
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise FormatError(
+                f"{READ}: the header of {shown_path(origin.path)} doesn't say which tensors are "
+                f"averaged: fused_ema.averaged is {kept[:80]!r}, not a list of names"
+            )
+        averaged = set(names)
         # What has no average is the model's own.
         raw = {name: tensor for name, tensor in ema.items() if name not in averaged}
         ema = {name: tensor for name, tensor in ema.items() if name in averaged}

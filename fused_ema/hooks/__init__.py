@@ -2,7 +2,7 @@
 
 Each maps a framework's events to fused_ema and needs that framework alone: ``mmcv``,
 ``mmengine``, ``swa_utils`` (torch's own), ``timm``, ``torch_ema``, ``diffusers``, ``lightning``,
-``transformers``.
+``transformers``, ``deepspeed``.
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ class ShadowParams:
     def _average(
         self, op: str, parameters: Iterable[Tensor], momentum: float, copies_frozen: bool = False
     ) -> None:
-        """Averages floating-point parameters and copies others.
+        """Averages floating-point and complex parameters and copies others.
 
         Args:
             op: The caller, for error messages.
@@ -154,8 +154,16 @@ class ShadowParams:
         averaged: list[tuple[Tensor, Tensor]] = []
         converted: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
-        for s, p in zip(self._shadow, self._fitting(op, listed), strict=True):
-            if not s.is_floating_point() or (copies_frozen and not p.requires_grad):
+        for index, (s, p) in enumerate(zip(self._shadow, self._fitting(op, listed), strict=True)):
+            is_copied = copies_frozen and not p.requires_grad
+            if s.is_complex():  # As twice as many real numbers.
+                s, p = map(torch.view_as_real, (s, p.detach().to(s.dtype).resolve_conj()))
+            elif p.is_complex():
+                raise TypeError(
+                    f"fused_ema.{self._where}.{op}: parameters[{index}] is {p.dtype} but its "
+                    f"average is {s.dtype}, which can't hold it; make it of these parameters anew"
+                )
+            if not s.is_floating_point() or is_copied:
                 copied.append((s, p.detach()))
             elif s.device == p.device and (s.dtype, p.dtype) in DTYPE_PAIRS:
                 averaged.append((s, p))
@@ -357,11 +365,14 @@ class _Swap:
 
     def out_of_params(self) -> None:
         try:
-            if self._is_in:
-                self._exchange()
+            self._take_out()
         except (KeyboardInterrupt, SystemExit):
-            self._exchange()
+            self._take_out()  # What was out already stays out.
             raise
+
+    def _take_out(self) -> None:
+        if self._is_in:
+            self._exchange()
         back = [(self._aliases[i], self.raw[i]) for i in self._aside]
         back += [
             (p.detach(), alias)

@@ -13,16 +13,16 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _steps, _tracking, state
+from fused_ema import _shards, _steps, _tracking, state
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _options, required
-from fused_ema.manager import EMAManager, was_skipped
+from fused_ema.hooks import _options, _sharded, required
+from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
@@ -32,6 +32,7 @@ _TITLE = "fused_ema.hooks.lightning.EMA"
 _HAS_LIGHTNING = importlib.util.find_spec("lightning") is not None
 _NAME = "lightning.pytorch" if _HAS_LIGHTNING else "pytorch_lightning"
 _callbacks = required(f"{_NAME}.callbacks", "lightning", "lightning or pytorch_lightning >= 2.2")
+_strategies = required(f"{_NAME}.strategies", "lightning", "lightning or pytorch_lightning >= 2.2")
 
 if TYPE_CHECKING:
     _Callback = object
@@ -68,7 +69,14 @@ class EMA(_Callback):
     After ``fit`` the model holds the average for good; a checkpoint saved then still has the raw
     weights, which are kept on the CPU. Another ``fit``, of this trainer or of another one with an
     EMA of its own, starts a new average from the weights that the model holds, and other managers
-    may have it. The manager is made when ``fit`` starts, once the model is on its device, and is
+    may have it.
+
+    With ``ModelParallelStrategy`` (FSDP2, tensor parallel, both) each process averages its shards.
+    A distributed checkpoint holds both sets of weights among the tensors of its ``state_dict``, the
+    part that all processes write and any number of them reads; with
+    ``save_distributed_checkpoint=False`` they are gathered into the one file.
+
+    The manager is made when ``fit`` starts, once the model is on its device, and is
     the attribute :attr:`manager`.
 
     Args:
@@ -171,7 +179,7 @@ class EMA(_Callback):
 
         Raises:
             RuntimeError: Another callback of this trainer averages as well, or its strategy shards
-                the weights.
+                the weights in another way than FSDP2 and tensor parallel do.
         """
         others = (EMA, getattr(_callbacks, "WeightAveraging", EMA))
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, others)]
@@ -181,10 +189,12 @@ class EMA(_Callback):
                 f"{[type(callback).__name__ for callback in averaging]}; keep one, and a "
                 "fused_ema.EMAManager for each further average"
             )
-        if trainer.strategy.restore_checkpoint_after_setup:
+        if trainer.strategy.restore_checkpoint_after_setup and not _is_sharded(trainer):
             raise RuntimeError(
                 f"{_TITLE}: the strategy is {type(trainer.strategy).__name__}, which shards the "
-                "weights or their optimizer; that isn't supported, choose 'ddp' or a single device"
+                "weights or their optimizer; that isn't supported, choose ModelParallelStrategy "
+                "(FSDP2), 'ddp' or a single device (of a DeepSpeed engine: "
+                "fused_ema.hooks.deepspeed.EngineEMA averages it)"
             )
         self._pending_weights = None
         if stage == "fit":
@@ -301,6 +311,7 @@ class EMA(_Callback):
         if manager is None:
             return
         saved = manager.state_dict()
+        is_gathered = _is_sharded(trainer) and not trainer.strategy._save_distributed_checkpoint
         if self._raw is not None:
             ema = _still_in(pl_module, saved[state.EMA_KEY])
             if ema is None:
@@ -311,6 +322,11 @@ class EMA(_Callback):
                 )
                 return
             saved = {**saved, state.EMA_KEY: ema, state.RAW_KEY: self._raw}
+        if is_gathered:
+            saved = saved | {
+                key: _gathered(saved[key], trainer.is_global_zero)
+                for key in (state.EMA_KEY, state.RAW_KEY)
+            }
         raw = _with(checkpoint[_MAIN_KEY], saved[state.RAW_KEY], pl_module)
         # The raw weights are in the model's part of the file, so the average's part has none.
         saved = {**saved, state.IS_SWAPPED_KEY: False, state.RAW_KEY: {}}
@@ -322,6 +338,15 @@ class EMA(_Callback):
             checkpoint[_MAIN_KEY] = _with(raw, saved[state.EMA_KEY], pl_module)
             num_averaged = torch.tensor(saved[state.NUM_UPDATES_KEY])
             checkpoint[_COUNT_KEY] = {"n_averaged": num_averaged}
+        if _is_sharded(trainer) and not is_gathered:
+            # One process writes what isn't among these, and it hasn't all shards.
+            keys = _by_key(saved[state.EMA_KEY], pl_module)
+            beside = {f"{_OWN_KEY}.{k}": ema for k, ema in keys.items()}
+            if self._deploy == "ema":
+                beside = {f"{_RAW_KEY}.{k}": raw[k] for k in keys}
+                checkpoint[_RAW_KEY] = {}
+            checkpoint[_MAIN_KEY] = {**checkpoint[_MAIN_KEY], **beside}
+            checkpoint[_OWN_KEY][_MANAGER_KEY] = {**saved, state.EMA_KEY: {}}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Takes over a checkpoint whose ``state_dict`` the model has loaded already.
@@ -343,6 +368,9 @@ class EMA(_Callback):
             )
         strict = pl_module.strict_loading
         is_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+        if _is_sharded(trainer):
+            self._load_sharded(trainer, pl_module, checkpoint, is_fit)
+            return
         if not is_fit:
             self._release()  # Of other weights than those that were just loaded.
             if own is not None and _RAW_KEY not in checkpoint:
@@ -365,15 +393,50 @@ class EMA(_Callback):
             num_updates = int(checkpoint[_COUNT_KEY].get("n_averaged", 0))
             self._pending_of_lightning = num_updates, ema
         else:
-            warnings.warn(
-                f"{_TITLE}: the checkpoint has no average; it starts from the checkpoint's weights",
-                stacklevel=2,
-            )
+            _warn_of_no_average()
             return
         raw = checkpoint.get(_RAW_KEY, checkpoint[_MAIN_KEY])
         if _RAW_KEY in checkpoint:
             trainer.strategy.load_model_state_dict({_MAIN_KEY: raw}, strict=strict)
         self._keep_if_rounded(pl_module, raw)
+
+    def _load_sharded(
+        self, trainer: Any, pl_module: nn.Module, checkpoint: Mapping[str, Any], is_fit: bool
+    ) -> None:
+        """The same where the strategy has loaded it; in ``fit`` the manager is there already."""
+        own, is_deployed = checkpoint.get(_OWN_KEY), _RAW_KEY in checkpoint
+        if not is_fit:
+            self._release()
+        elif own is None:
+            _warn_of_no_average()
+            self._made().reset()
+        if own is None:
+            return
+        path = trainer.strategy.broadcast(trainer.ckpt_path)
+        is_folder = _sharded.is_complete(path)
+        live = pl_module.state_dict(keep_vars=True)
+        saved = own[_MANAGER_KEY]
+        if not is_fit:
+            averages = _by_key(dict.fromkeys(saved[state.EMA_DTYPES_KEY]), pl_module)
+            if is_folder and not is_deployed:
+                targets = {f"{_OWN_KEY}.{key}": live[key] for key in averages}
+                _sharded.load({_MAIN_KEY: targets}, path)
+            elif not is_deployed:
+                _put(live, _by_key(saved[state.EMA_KEY], pl_module))
+            return
+        if is_folder:
+            emas = dict(self._made().named_emas())
+            averages = _by_key(emas, pl_module)
+            if is_deployed:
+                targets = averages | {f"{_RAW_KEY}.{key}": live[key] for key in averages}
+            else:
+                targets = {f"{_OWN_KEY}.{key}": ema for key, ema in averages.items()}
+            _sharded.load({_MAIN_KEY: targets}, path)
+            saved = {**saved, state.EMA_KEY: emas}
+        elif is_deployed:
+            _put(live, checkpoint[_RAW_KEY])
+        self._made().load_state_dict(saved)
+        self._latest_epoch = own.get(_EPOCH_KEY, -1)
 
     # ---- how it is kept
 
@@ -401,7 +464,7 @@ class EMA(_Callback):
             trainer.strategy.load_model_state_dict({_MAIN_KEY: weights}, strict=strict)
 
     def _note_step(self, optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if was_skipped(optimizer):
+        if _steps.was_skipped(optimizer):
             return
         self._has_stepped = True
         self._had_gradients = self._had_gradients or any(
@@ -420,8 +483,8 @@ class EMA(_Callback):
     def _swap_in(self, pl_module: nn.Module) -> None:
         manager = self._manager_of(pl_module)
         if manager is not None and self._raw is None and not manager.is_swapped:
+            self._swapped_here = True  # First: Ctrl-C may come right after the swap.
             manager.swap()
-            self._swapped_here = True
 
     def _swap_out(self) -> None:
         if self._swapped_here:
@@ -443,13 +506,18 @@ def _still_in(module: nn.Module, ema: Mapping[str, Tensor]) -> dict[str, Tensor]
     Buffers may have been computed anew (batch norm's statistics): then they are the module's.
     """
     found = dict(ema)
-    for member in _tracking.read(module).members:
-        if member.name in ema:
-            now, average = member.tensor.detach(), ema[member.name]
-            if not _is_same(now, average.to(now.device, now.dtype)):
-                if not member.is_buffer:
-                    return None
-                found[member.name] = now
+    members = [m for m in _tracking.read(module).members if m.name in ema]
+    averages = [ema[m.name].to(m.tensor.device, m.tensor.dtype) for m in members]
+    are_same = [
+        _is_same(member.local.detach(), _shards.shard_of(average))
+        for member, average in zip(members, averages, strict=True)
+    ]
+    are_same = _shards.all_of(_TITLE, [member.tensor for member in members], are_same)
+    for member, is_same in zip(members, are_same, strict=True):
+        if not is_same:
+            if not member.is_buffer:
+                return None
+            found[member.name] = member.tensor.detach()
     return found
 
 
@@ -468,16 +536,52 @@ def _names_by_key(module: nn.Module) -> dict[str, list[str]]:
     return {key: names[id(tensor)] for key, tensor in live.items() if id(tensor) in names}
 
 
+def _by_key(named: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """What a manager has by name, by key of ``state_dict()``."""
+    # Several names are one tensor; a pattern may have left some of them out.
+    found = {
+        key: next((name for name in names if name in named), None)
+        for key, names in _names_by_key(module).items()
+    }
+    return {key: named[name] for key, name in found.items() if name is not None}
+
+
 def _with(
     values: Mapping[str, Any], named: Mapping[str, Tensor], module: nn.Module
 ) -> dict[str, Any]:
     """The values of a ``state_dict()``, but those of a manager where it has them."""
-    names_of = _names_by_key(module)
-    # Several names are one tensor; a pattern may have left some of them out.
-    return {
-        key: next((named[name] for name in names_of.get(key, ()) if name in named), value)
-        for key, value in values.items()
-    }
+    of_manager = _by_key(named, module)
+    return {key: of_manager.get(key, value) for key, value in values.items()}
+
+
+def _warn_of_no_average() -> None:
+    warnings.warn(
+        f"{_TITLE}: the checkpoint has no average; it starts from the checkpoint's weights",
+        stacklevel=3,
+    )
+
+
+def _is_sharded(trainer: Any) -> bool:
+    return isinstance(trainer.strategy, getattr(_strategies, "ModelParallelStrategy", ()))
+
+
+def _gathered(named: Mapping[str, Tensor], is_kept: bool) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, where they are kept; every process must call it."""
+    found = {}
+    for name, tensor in named.items():
+        if _shards.is_dtensor(tensor):
+            there: Any = tensor.to(cast(Any, tensor).device_mesh.device_type)
+            tensor = there.full_tensor()
+        if is_kept:
+            found[name] = tensor.to("cpu")
+    return found
+
+
+@torch.no_grad()
+def _put(live: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Writes whole tensors, of a DTensor this process's part."""
+    for key, value in values.items():
+        _shards.shard_of(live[key]).copy_(_shards.part_of(live[key], value))
 
 
 def _hookable(optimizer: object) -> torch.optim.Optimizer | None:

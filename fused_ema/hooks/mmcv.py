@@ -336,7 +336,7 @@ class BaseEMAHook(_Hook):
         if changes:
             raise RuntimeError(
                 f"{_TITLE}.{op}: the model has changed since the run began; change it before the "
-                "run, or undo the change:\n  " + "\n  ".join(changes)
+                "run, or undo the change:\n  " + "\n  ".join(_checks.listed(changes))
             )
         self._tracked = _track(self._model, {n: now[n] for n in was}, self.param_ema_buffer)
 
@@ -524,7 +524,7 @@ def _check_checkpoint(path: str, buffers: Mapping[str, str], tensors: Mapping[st
             f"{_TITLE}.before_run: the checkpoint '{path}' doesn't hold the averages of this "
             "model; resume from one that was saved with this hook, this model and these "
             "skip_buffers, or load its weights with the config's load_from; nothing was loaded:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(_checks.listed(problems))
         )
 
 

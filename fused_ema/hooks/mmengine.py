@@ -28,6 +28,7 @@ model: to test the average after training, load its checkpoint.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -262,14 +263,18 @@ class FusedBaseAveragedModel(_BaseAveragedModel):  # type: ignore[misc]
             )
         return {name: members[name].tensor for name in names}
 
-    def _named_tensors_of(self, module: nn.Module) -> Sequence[tuple[str, Tensor]]:
-        return list(self._members_of(module).items())
-
     def _find(self, model: nn.Module) -> _Lists:
         if _models.is_model_wrapper(model):
             model = model.module  # type: ignore[assignment]
         if self._follower is None or self._follower.is_of_another(self.module):
-            self._follower = Follower(self.module, self._named_tensors_of)
+            this = weakref.ref(self)  # A method would hold on to its object in a cycle.
+
+            def tensors_of(module: nn.Module) -> Sequence[tuple[str, Tensor]]:
+                averaged = this()
+                assert averaged is not None  # It owns the follower.
+                return list(averaged._members_of(module).items())
+
+            self._follower = Follower(self.module, tensors_of)
         pairs = self._follower.pairs(model)
         found = self._follower, self._follower.num_found
         if self._lists is None or self._lists.found != found:
@@ -667,7 +672,8 @@ class FusedEMAHook(_EMAHook):  # type: ignore[misc]
             raise ValueError(
                 "fused_ema.FusedEMAHook: the average in the checkpoint isn't one of this model; "
                 "nothing was changed. Resume with the model and the ema_type it was saved with, or "
-                "load only its weights (load_from without resume):\n  " + "\n  ".join(problems)
+                "load only its weights (load_from without resume):\n  "
+                + "\n  ".join(_checks.listed(problems))
             )
         if differences:
             _print_log(

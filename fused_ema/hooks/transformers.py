@@ -5,6 +5,19 @@ For accelerate, or a loop of your own around it, no adapter is needed::
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     ema = fused_ema.EMAManager(model, momentum=0.001)
     ema.register_step_post_hook(optimizer)  # real steps only: accumulated, not skipped
+
+``accelerator.register_for_checkpointing(ema)`` then makes ``save_state`` and ``load_state`` keep
+it. With FSDP2 accelerate writes the first process's shards alone of what is registered so, and
+loading them is an error. There torch.distributed.checkpoint saves it, for any number of processes::
+
+    accelerator.register_save_state_pre_hook(
+        lambda models, weights, folder: dcp.save({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
+    accelerator.register_load_state_pre_hook(
+        lambda models, folder: dcp.load({"ema": ema}, checkpoint_id=f"{folder}/ema")
+    )
+
+With DeepSpeed, where ``model`` is an engine: ``fused_ema.hooks.deepspeed.EngineEMA(model)``.
 """
 
 from __future__ import annotations
@@ -13,18 +26,18 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _options, required
+from fused_ema.hooks import _files, _options, _sharded, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
 
-__all__ = ["FILE_NAME", "EMACallback"]
+__all__ = ["FILE_NAME", "FOLDER_NAME", "EMACallback"]
 
 _TITLE = "fused_ema.hooks.transformers.EMACallback"
 _trainer_callback = required(
@@ -33,12 +46,16 @@ _trainer_callback = required(
 _trainer_utils = required("transformers.trainer_utils", "transformers", "transformers >= 4.46")
 
 if TYPE_CHECKING:
+    from fused_ema.hooks.deepspeed import EngineEMA
+
     _Callback = object
 else:
     _Callback = _trainer_callback.TrainerCallback
 
 FILE_NAME = "ema.pt"
 """The average's file in each ``checkpoint-N``."""
+FOLDER_NAME = "ema"
+"""Its folder there where the model is sharded, as torch.distributed.checkpoint writes it."""
 
 _STEP_KEY = "global_step"
 _MANAGER_KEY = "manager"
@@ -59,6 +76,13 @@ class EMACallback(_Callback):
     them, complete or not there. ``train(resume_from_checkpoint=...)`` goes on from both bit for
     bit. With ``load_best_model_at_end`` the average of the best checkpoint is loaded with its
     weights; where it has none, the average starts from them, with a warning.
+
+    With DeepSpeed the average is a :class:`fused_ema.hooks.deepspeed.EngineEMA`: of the engine's
+    masters, updated by the engine's own steps, saved by each rank beside the engine's files.
+
+    With FSDP2 (``"version": 2`` in ``fsdp_config``) each process averages its shards. The average
+    is then a folder ``ema`` of torch.distributed.checkpoint, which all processes write, and any
+    number of them reads.
 
     The manager is made when training starts, and is the attribute :attr:`manager`.
 
@@ -132,11 +156,11 @@ class EMACallback(_Callback):
         self._start_anew = start_anew
         self._trainer: Any = None
         self._resume_from: str | None = None
-        self._manager: EMAManager | None = None
+        self._manager: EMAManager | EngineEMA | None = None
         self._scale = 0.0
 
     @property
-    def manager(self) -> EMAManager | None:
+    def manager(self) -> EMAManager | EngineEMA | None:
         """The manager of the current or last training; None before it."""
         return self._manager
 
@@ -189,32 +213,34 @@ class EMACallback(_Callback):
 
         Raises:
             FileNotFoundError: The checkpoint has no average, and not ``start_anew``.
-            RuntimeError: Not attached; another EMACallback; weights that are sharded.
+            RuntimeError: Not attached; another EMACallback; FSDP1.
             TypeError: ``save_to`` with a model that has no ``save_pretrained``.
-            ValueError: The average's file is damaged, of another step or of another model.
+            ValueError: The average's file is damaged, of another step or of another model; an
+                engine that isn't served, or a choice of names with one.
         """
         trainer = self._attached()
-        for name in ("is_fsdp_enabled", "is_deepspeed_enabled"):
-            if getattr(trainer, name, False):
+        if getattr(trainer, "is_fsdp_enabled", False):
+            version = getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1)
+            if version != 2:
                 raise RuntimeError(
-                    f"{_TITLE}: the trainer shards the weights or their optimizer ({name}); that "
-                    "isn't supported, train without it or average without this callback"
+                    f"{_TITLE}: the trainer shards the weights with FSDP {version}, whose "
+                    'parameters can\'t be averaged in place; set "version": 2 in fsdp_config'
                 )
         if self._save_to is not None and not hasattr(self._model(), "save_pretrained"):
             raise TypeError(
                 f"{_TITLE}: save_to is {str(self._save_to)!r} but {type(self._model()).__name__} "
                 "has no save_pretrained; leave save_to out, and save manager.state_dict()"
             )
-        manager = EMAManager(trainer.model, **self._options)
+        manager = self._made_for(trainer)
         scaler = trainer.accelerator.scaler
         self._scale = 0.0 if scaler is None else scaler.get_scale()
         if state.global_step > 0:
             where = self._resume_from
-            if where is None or not self._has_file(where):
+            if where is None or not _has_average(manager, where):
                 if not self._start_anew:
                     raise FileNotFoundError(
                         f"{_TITLE}: training resumes at step {state.global_step} but {where!r} "
-                        f"has no '{FILE_NAME}'; resume from a checkpoint that has one, or pass "
+                        f"has no {_WHERE}; resume from a checkpoint that has one, or pass "
                         "start_anew=True to start the average from its weights"
                     )
             else:
@@ -223,30 +249,24 @@ class EMACallback(_Callback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates where the step was made."""
-        if not self._was_skipped():
-            self._made().update()
+        manager = self._made()
+        if isinstance(manager, EMAManager) and not self._was_skipped():
+            manager.update()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Writes the average into the checkpoint just saved."""
-        if not args.should_save:
-            return
-        trainer = self._attached()
+        trainer, manager = self._attached(), self._made()
         run = trainer._get_output_dir(trial=getattr(trainer, "_trial", None))
         folder = os.path.join(run, f"checkpoint-{state.global_step}")
-        path = os.path.join(folder, FILE_NAME)
-        os.makedirs(folder, exist_ok=True)
-        content = {_STEP_KEY: state.global_step, _MANAGER_KEY: self._made().state_dict()}
-        temporary = f"{path}.{os.getpid()}.tmp"
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.remove(temporary)
-            raise
+        if not isinstance(manager, EMAManager):
+            manager.save_checkpoint(folder)
+        elif manager._tracked.is_sharded:
+            content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager}
+            _sharded.save(content, os.path.join(folder, FOLDER_NAME), args.should_save)
+        elif args.should_save:
+            os.makedirs(folder, exist_ok=True)
+            content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager.state_dict()}
+            _files.save(content, os.path.join(folder, FILE_NAME))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Loads the average of the best checkpoint if its weights were, and saves it for use.
@@ -257,21 +277,30 @@ class EMACallback(_Callback):
         Raises:
             ValueError: As :meth:`on_train_begin`.
         """
-        best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None and _has_weights(best):
-            if self._has_file(best):
-                _load(self._made(), best, None)
+        best, manager = state.best_model_checkpoint, self._made()
+        is_engine = not isinstance(manager, EMAManager)
+        if args.load_best_model_at_end and best is not None and (is_engine or _has_weights(best)):
+            if _has_average(manager, best):
+                _load(manager, best, None)
             else:
                 # The model holds other weights than those that the average came from.
                 warnings.warn(
                     f"{_TITLE}: the best checkpoint {best!r}, whose weights were loaded, has no "
-                    f"'{FILE_NAME}'; the average starts from its weights",
+                    f"{_WHERE}; the average starts from its weights",
                     stacklevel=2,
                 )
-                self._made().reset()
-        if self._save_to is not None:
+                manager.reset()
+        if self._save_to is None:
+            return
+        if isinstance(manager, EMAManager):
             with self.swapped():
-                self._model().save_pretrained(self._save_to, is_main_process=args.should_save)
+                self._save_pretrained(manager, self._save_to, args.should_save)
+            return
+        averaged = manager.full_state_dict()
+        if args.should_save:
+            own = self._model().state_dict()
+            averaged = {name: t.to(own[name].dtype) for name, t in averaged.items()}
+            self._model().save_pretrained(self._save_to, state_dict=averaged)
 
     # ---- how it is kept
 
@@ -283,7 +312,21 @@ class EMACallback(_Callback):
             )
         return self._trainer
 
-    def _made(self) -> EMAManager:
+    def _made_for(self, trainer: Any) -> EMAManager | EngineEMA:
+        if not getattr(trainer, "is_deepspeed_enabled", False):
+            return EMAManager(trainer.model, **self._options)
+        from fused_ema.hooks.deepspeed import EngineEMA
+
+        options = dict(self._options)
+        for name in ("include", "exclude", "skip_frozen"):
+            if options.pop(name) and name != "skip_frozen":
+                raise ValueError(
+                    f"{_TITLE}: {name} is set, but with DeepSpeed the average is of all that the "
+                    f"engine trains; leave {name} out"
+                )
+        return EngineEMA(trainer.model_wrapped, **options)
+
+    def _made(self) -> EMAManager | EngineEMA:
         if self._manager is None:
             raise RuntimeError(
                 f"{_TITLE}: there is no average yet; it is made when training starts"
@@ -304,8 +347,16 @@ class EMACallback(_Callback):
         trainer = self._attached()
         return trainer.accelerator.unwrap_model(trainer.model)
 
-    def _has_file(self, folder: str) -> bool:
-        return os.path.isfile(os.path.join(folder, FILE_NAME))
+    def _save_pretrained(
+        self, manager: EMAManager, folder: str | os.PathLike[str], is_main: bool
+    ) -> None:
+        if not manager._tracked.is_sharded:
+            self._model().save_pretrained(folder, is_main_process=is_main)
+            return
+        trainer = self._attached()
+        gathered = trainer.accelerator.get_state_dict(trainer.model)  # On the first process.
+        if is_main:
+            self._model().save_pretrained(folder, state_dict=gathered)
 
     def _with_average(self, loop: Any) -> Any:
         @functools.wraps(loop)
@@ -327,20 +378,41 @@ class EMACallback(_Callback):
         return noting_checkpoint
 
 
+_WHERE = f"'{FILE_NAME}' or complete folder '{FOLDER_NAME}'"
+
+
 def _has_weights(folder: str) -> bool:
     """Whether Trainer finds a model's or an adapter's weights there, in one file or in shards."""
-    stems = ("model", "pytorch_model", "adapter_model")
+    stems = ("model", "pytorch_model", "adapter_model", "pytorch_model_fsdp")
     files = [f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".bin")]
     files += [f"{file}.index.json" for file in files]
-    return any(os.path.isfile(os.path.join(folder, file)) for file in files)
+    return any(os.path.isfile(os.path.join(folder, file)) for file in files) or (
+        _sharded.is_complete(os.path.join(folder, "pytorch_model_fsdp_0"))
+    )
 
 
-def _load(manager: EMAManager, folder: str, step: int | None) -> None:
+def _has_average(manager: EMAManager | EngineEMA, folder: str) -> bool:
+    if not isinstance(manager, EMAManager):
+        return manager.is_saved_in(folder)
+    is_file = os.path.isfile(os.path.join(folder, FILE_NAME))
+    return is_file or _sharded.is_complete(os.path.join(folder, FOLDER_NAME))
+
+
+def _load(manager: EMAManager | EngineEMA, folder: str, step: int | None) -> None:
     """Loads the average of a checkpoint, if it is of that step."""
-    path = os.path.join(folder, FILE_NAME)
+    if not isinstance(manager, EMAManager):
+        manager.load_checkpoint(folder)
+        return
+    in_folder = os.path.join(folder, FOLDER_NAME)
+    is_sharded = _sharded.is_complete(in_folder)
+    path = in_folder if is_sharded else os.path.join(folder, FILE_NAME)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        saved_step, saved = content[_STEP_KEY], content[_MANAGER_KEY]
+        if is_sharded:
+            saved_step = _sharded.load({_STEP_KEY: 0}, path)[_STEP_KEY]
+            saved = None
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            saved_step, saved = content[_STEP_KEY], content[_MANAGER_KEY]
     except Exception as error:
         raise ValueError(
             f"{_TITLE}: {path!r} can't be read as an average (damaged or cut short?); nothing was "
@@ -352,6 +424,9 @@ def _load(manager: EMAManager, folder: str, step: int | None) -> None:
             "nothing was changed. Put back the file that was saved with this checkpoint"
         )
     try:
-        manager.load_state_dict(saved)
+        if saved is None:
+            _sharded.load({_MANAGER_KEY: manager}, path)
+        else:
+            manager.load_state_dict(saved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{_TITLE}: {path!r} doesn't fit: {error}") from error

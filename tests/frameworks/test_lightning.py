@@ -383,6 +383,27 @@ def test_options_reach_the_manager(tmp_path):
 # ---- evaluation
 
 
+def test_ctrl_c_right_after_the_average_went_in(monkeypatch):
+    model, ema = torch.nn.Linear(2, 2), EMA(momentum=0.5)
+    ema._manager = manager = fused_ema.EMAManager(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1)
+    manager.update()
+    raw, swap = model.weight.detach().clone(), manager.swap
+
+    def interrupted():
+        swap()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager, "swap", interrupted)
+        with pytest.raises(KeyboardInterrupt) as error:
+            ema._swap_in(model)
+    ema.on_exception(None, model, error.value)
+    assert not manager.is_swapped
+    assert torch.equal(model.weight, raw)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inference_mode", [True, False])
 def test_validation_sees_the_average_and_training_the_raw_weights(tmp_path, dtype, inference_mode):

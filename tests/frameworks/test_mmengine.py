@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -90,6 +92,26 @@ def assert_same_module(ours, theirs):
 
 
 # ---- averaged models
+
+
+@pytest.mark.parametrize("update_buffers", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_averaged_model_is_freed_at_once(kind, update_buffers):
+    _, ours, options = KINDS[kind]
+    gc.collect()
+    gc.disable()
+    try:
+        model = Net()
+        averaged = ours(model, update_buffers=update_buffers, **options)
+        for step in range(3):
+            move(model, step)
+            averaged.update_parameters(model)
+        averaged.swap(model)
+        gone = [weakref.ref(thing) for thing in (averaged, model)]
+        del averaged, model
+        assert [reference() is None for reference in gone] == [True, True]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("dtype", ROUNDINGS)

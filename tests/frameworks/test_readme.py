@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import stubs
 import torch
 from nets import assert_same, values_of
+from ranks import Ranks
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -291,7 +293,8 @@ def test_accelerate():
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
-    ema = run("accelerate", fused_ema=fused_ema, model=model, optimizer=optimizer)["ema"]
+    row = "accelerate, without DeepSpeed"
+    ema = run(row, fused_ema=fused_ema, model=model, optimizer=optimizer)["ema"]
     for _ in range(6):
         with accelerator.accumulate(model):
             accelerator.backward(model(torch.randn(8, 4)).square().sum())
@@ -317,7 +320,37 @@ def test_a_loop_of_your_own():
     assert_same(dict(ema.named_emas()), expected)
 
 
+def in_deepspeed():
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    import deepspeed
+
+    # It would be compiled.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {"train_micro_batch_size_per_gpu": 8}
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    ema = run("DeepSpeed, by itself or in accelerate", engine=engine)["ema"]
+    twin = Model()
+    manager = fused_ema.EMAManager(twin, momentum=0.001)
+    for _ in range(3):
+        engine.backward(engine(torch.randn(8, 4)).square().sum())
+        engine.step()
+        twin.load_state_dict(engine.module.state_dict())
+        manager.update()
+    averages = dict(manager.named_emas())
+    found = ema.full_state_dict()
+    assert found.keys() == averages.keys()
+    assert_same({name: found[name] for name in averages}, averages)
+
+
+def test_deepspeed():
+    ranks = Ranks(1)
+    ranks(in_deepspeed)
+    ranks.stop()
+
+
 def test_each_row_has_a_test():
     source = Path(__file__).read_text()
-    assert len(ROWS) == 12
+    assert len(ROWS) == 13
     assert [row for row in ROWS if f'"{row}"' not in source] == []

@@ -103,6 +103,30 @@ def test_lists_that_hold_a_tensor_twice(backend, name, change, call):
     both.agree()
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("name", NAMES)
+def test_complex_parameters_are_averaged(backend, name, dtype):
+    def make():
+        first = torch.tensor([[1 + 2j, 3 - 4j], [0.5j, -7 + 0j]], dtype=dtype)
+        return [nn.Parameter(first), nn.Parameter(first.t() + 1, requires_grad=False)]
+
+    both = Both(name, make)
+    for step in range(4):
+        for params in both.params:
+            with torch.no_grad():
+                for p in params:
+                    p.mul_(1 + 1j * step).add_(step)
+        both.call("update")
+        both.agree()
+    assert not torch.equal(both.emas[0].shadow_params[0], both.params[0][0])
+    real = [p.detach().real.clone() for p in both.params[0]]
+    both = Both(name, lambda: real)
+    before = copies(both.emas[0].shadow_params)
+    with pytest.raises(TypeError, match=r"parameters\[1\] is torch.complex\d+ but its average is"):
+        getattr(both.emas[0], both.update)([real[0], make()[1]])
+    assert_lists(both.emas[0].shadow_params, before)
+
+
 @pytest.mark.parametrize("change", [None, share])
 def test_averages_that_are_given_twice_are_in_the_parameters_and_come_back(backend, change):
     both = Both("torch_ema", twice)

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_ema import _storage
+from fused_ema.hooks import _shadow
 from fused_ema.hooks.torch_ema import ExponentialMovingAverage
 from fused_ema.testing import ROUNDINGS
 
@@ -391,6 +392,31 @@ def test_it_holds_no_parameters():
     # A state can be loaded without them, as with torch_ema.
     ema.load_state_dict(saved(ema.state_dict()))
     assert len(kept) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("at", ["_exchange", "_copy_in_order"])
+def test_ctrl_c_right_after_the_values_came_back(monkeypatch, at, dtype):
+    params = make_params()
+    ema = ExponentialMovingAverage(params, 0.5)
+    ema.to(dtype=dtype)  # The wider ones are set aside.
+    move(params, 1)
+    ema.update()
+    raw, averages = copies(params), copies(ema.shadow_params)
+    owner = _shadow._Swap if at == "_exchange" else _shadow
+    call, calls = getattr(owner, at), []
+
+    def interrupted(*args):
+        call(*args)
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, at, interrupted)
+    with pytest.raises(KeyboardInterrupt), ema.average_parameters():
+        pass
+    assert_lists(params, raw)
+    assert_lists(ema.shadow_params, averages)
 
 
 # ---- bad input

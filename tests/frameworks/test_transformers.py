@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -547,13 +548,21 @@ def test_two_callbacks_or_none_attached_are_errors(tmp_path):
     assert_same(values_of(model), before)
 
 
-def test_sharded_weights_are_an_error(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("is_deepspeed_enabled", "is_deepspeed_enabled"), ("is_fsdp_enabled", 'FSDP 1.*"version": 2')],
+)
+def test_sharding_that_can_t_be_averaged_is_an_error(tmp_path, name, words):
     trainer = make_trainer(tmp_path, make_model())
     EMACallback().attach(trainer)
-    trainer.is_fsdp_enabled = True
+    setattr(trainer, name, True)
+    trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
     args, state = trainer.args, trainer.state
-    with pytest.raises(RuntimeError, match=r"shards the weights.*is_fsdp_enabled"):
-        trainer.callback_handler.on_train_begin(args, state, trainer.control)
+    try:
+        with pytest.raises(RuntimeError, match=f"shards the weights.*{words}"):
+            trainer.callback_handler.on_train_begin(args, state, trainer.control)
+    finally:
+        trainer.accelerator.state.fsdp_plugin = None  # It is everybody's.
 
 
 def test_save_to_needs_save_pretrained(tmp_path):

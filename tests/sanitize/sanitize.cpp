@@ -4,13 +4,18 @@
 //
 //   sanitize            everything; prints how many elements, exit status 0
 //   sanitize FAULT      a planted fault that a sanitizer must see: main() has their names
+#include <ATen/Parallel.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
+#include <stdexcept>
 #include <string>
+#include <thread>
 
 #include "../../csrc/cpu/launch.h"
 #include "../../csrc/cuda/launch.h"
@@ -192,6 +197,7 @@ std::vector<std::pair<std::string, Run>> all_ways() {
       ways.emplace_back(std::string(name) + (streaming ? ", streaming" : ""),
                         [=](DtypePair pair, const Operation& operation, Side& a, Side& b) {
                           cpu::set_instruction_set(name);
+                          set_sharing(streaming ? "helpers" : "torch");
                           run_cpu(pair, operation, a, b, streaming);
                         });
     }
@@ -236,6 +242,38 @@ int run_all() {
   }
   std::printf("%zu ways, %lld elements\n", ways.size(), static_cast<long long>(num_elements));
   return 0;
+}
+
+// Several callers at once, jobs so short that helpers come late for them, and chunks that throw.
+int run_threads() {
+  std::atomic<int> num_wrong{0};
+  const auto call = [&](int caller) {
+    for (int64_t job = 0; job < 3000; ++job) {
+      const int64_t size = 2 + (job + caller) % 40;
+      const int64_t throws_at = job % 7 == 0 ? size / 2 : -1;
+      std::vector<int64_t> values(size, 0);
+      bool has_thrown = false;
+      try {
+        parallel_chunks(Threads::kAll, size, 1, [&](int64_t begin, int64_t) {
+          if (begin == throws_at) throw std::runtime_error("a chunk");
+          values[begin] += begin + 1;
+        });
+      } catch (const std::runtime_error&) {
+        has_thrown = true;
+      }
+      const int64_t sum = std::accumulate(values.begin(), values.end(), int64_t{0});
+      if (has_thrown != (throws_at >= 0)) ++num_wrong;
+      if (!has_thrown && sum != size * (size + 1) / 2) ++num_wrong;
+    }
+  };
+  for (const char* way : {"helpers", "auto"}) {
+    set_sharing(way);
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; ++caller) callers.emplace_back(call, caller);
+    for (std::thread& caller : callers) caller.join();
+  }
+  if (num_wrong > 0) std::printf("%d jobs of several threads are wrong\n", num_wrong.load());
+  return num_wrong > 0;
 }
 
 // ---- Planted faults.
@@ -304,7 +342,7 @@ int run_faulty(void (*kernel)(int*), int num_threads) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
-  if (what.empty()) return run_all();
+  if (what.empty()) return run_threads() + run_all();
   if (what == "overrun") return overrun();
   if (what == "shift") return shift(argc + 40);
   if (what == "race") return race();

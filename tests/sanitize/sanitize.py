@@ -56,6 +56,7 @@ CXX_FLAGS = ["-std=c++20", "-g", "-ffp-contract=off", "-fno-strict-aliasing", "-
 def cpu_sources() -> Iterator[tuple[Path, list[str]]]:
     """What g++ compiles either way, each file with its own flags."""
     yield CSRC / "tiles.cpp", []
+    yield CSRC / "parallel.cpp", [f"-I{HERE}"]
     yield CSRC / "cpu" / "launch.cpp", []
     for isa, isa_flags in SETUP.INSTRUCTION_SETS.items():
         for name in SETUP.KERNEL_SOURCES:
