@@ -555,7 +555,7 @@ def test_sharding_that_can_t_be_averaged_is_an_error(tmp_path):
     trainer.accelerator.state.fsdp_plugin = SimpleNamespace(fsdp_version=1)
     args, state = trainer.args, trainer.state
     try:
-        with pytest.raises(RuntimeError, match='shards the weights with FSDP 1.*"version": 2'):
+        with pytest.raises(RuntimeError, match=r'shards the weights with FSDP 1.*"version": 2'):
             trainer.callback_handler.on_train_begin(args, state, trainer.control)
     finally:
         trainer.accelerator.state.fsdp_plugin = None  # It is everybody's.
