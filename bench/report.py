@@ -430,7 +430,7 @@ def show(table: Table) -> None:
     if find("rich"):
         console = importlib.import_module("rich.console").Console()
         if not console.is_terminal:
-            console.width = 140  # A log has no width, and rich would cut cells at 80.
+            console.width = 160  # A log has no width, and rich would cut cells at 80.
         simple = importlib.import_module("rich.box").SIMPLE_HEAD
         rich_table = importlib.import_module("rich.table").Table(box=simple)
         for i, header in enumerate(table.headers):

@@ -557,7 +557,7 @@ def test_summary_compares_with_the_fastest():
     shared |= {"pause_ms": 0.0, "load": "none"}
     rows = [
         ("fused_ema plan", "ours", "ours", 2.0),
-        ("fused_ema plan, one thread", "ours", "ours", 3.0),
+        ("fused_ema plan on one thread", "ours", "ours", 3.0),
         ("slow loop", "naive", "torch", 9.0),
         ("loop", "naive", "torch", 8.0),
         ("foreach", "foreach", "torch", 5.0),
