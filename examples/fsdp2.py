@@ -1,6 +1,6 @@
 """Trains a small transformer that FSDP2 shards, and keeps the average of its weights.
 
-    torchrun --nproc-per-node 2 examples/fsdp2.py --folder /tmp/run
+    torchrun --nproc-per-node 2 examples/fsdp2.py --folder run
 
 runs on two processes: on GPUs (nccl) where there are any, else on the CPU (gloo). Kill it and start
 it again, on two processes or on any other number, and it goes on from its last complete checkpoint.

@@ -93,14 +93,14 @@ def part_of(like: Tensor, given: Tensor) -> Tensor:
     return shard_of(distribute(given.detach(), mesh, placements, src_data_rank=None))
 
 
-def whole(tensor: Tensor, is_wanted: bool) -> Tensor | None:
-    """A copy of all of a tensor on the CPU, where it is wanted. Every rank gathers it."""
-    if is_dtensor(tensor):
-        shard, device = shard_of(tensor), cast(Any, tensor).device_mesh.device_type
-        if shard.device.type != device:  # Offloaded; a mesh communicates on its own device.
-            tensor = with_shard(tensor, shard.to(device))
-        tensor = cast(Any, tensor).full_tensor()
-    return tensor.detach().to("cpu", copy=True) if is_wanted else None
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on its mesh's device, which every rank gathers; of a plain one itself."""
+    if not is_dtensor(tensor):
+        return tensor
+    shard, device = shard_of(tensor), cast(Any, tensor).device_mesh.device_type
+    if shard.device.type != device:  # Offloaded; a mesh communicates on its own device.
+        tensor = with_shard(tensor, shard.to(device))
+    return cast(Tensor, cast(Any, tensor).full_tensor())
 
 
 def offset_of(tensor: Tensor) -> tuple[int, ...]:
@@ -126,21 +126,21 @@ def is_first(tensors: Sequence[Tensor]) -> bool:
     return not (is_group and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def refusal(name: str, tensor: Tensor) -> str:
-    """Why a tensor can't be averaged at all; empty where it can."""
+def refusal(tensor: Tensor) -> str:
+    """Why a tensor can't be averaged at all, to be said after its name; empty where it can."""
     if is_dtensor(tensor):
         placements = tuple(cast(Any, tensor).placements)
         if any(placement.is_partial() for placement in placements):
             return (
-                f"'{name}' is a DTensor with placements {placements}: each rank holds a summand of "
-                "it, which has no average of its own; redistribute() it to Shard or Replicate "
-                "first, or leave it out with exclude="
+                f"is a DTensor with placements {placements}: each rank holds a summand of it, "
+                "which has no average of its own; redistribute() it to Shard or Replicate first, "
+                "or leave it out with exclude="
             )
         return ""
     if is_partitioned(tensor):
         return (
-            f"'{name}' is partitioned by DeepSpeed ZeRO-3 and empty between its uses, so there is "
-            "nothing here to average or to write; average the engine with "
+            "is partitioned by DeepSpeed ZeRO-3 and empty between its uses, so there is nothing "
+            "here to average or to write; average the engine with "
             "fused_ema.hooks.deepspeed.EngineEMA(engine), or do this inside of "
             "deepspeed.zero.GatheredParameters(params, modifier_rank=0)"
         )

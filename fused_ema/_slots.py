@@ -375,8 +375,8 @@ class Tracked:
         for slot in self.slots if slots is None else slots:
             param = slot.param
             if param.shape != slot.ema.shape:
-                if refusal := _shards.refusal(slot.name, slot.members[0].tensor):
-                    raise ValueError(f"fused_ema.EMAManager.{op}: {refusal}")
+                if refusal := _shards.refusal(slot.members[0].tensor):
+                    raise ValueError(f"fused_ema.EMAManager.{op}: '{slot.name}' {refusal}")
                 raise ValueError(
                     f"fused_ema.EMAManager.{op}: '{slot.name}' has shape {list(param.shape)} but "
                     f"its ema has {list(slot.ema.shape)}; give it back its shape, or call "
@@ -651,8 +651,8 @@ def check_memory(op: str, member: Member) -> None:
             f"{title}: '{member.name}' is a fake tensor without values; make the manager outside "
             "of FakeTensorMode, of the real model"
         )
-    if refusal := _shards.refusal(member.name, member.tensor):
-        raise ValueError(f"{title}: {refusal}")
+    if refusal := _shards.refusal(member.tensor):
+        raise ValueError(f"{title}: '{member.name}' {refusal}")
     if tensor.is_meta:
         raise ValueError(
             f"{title}: '{member.name}' is on the meta device and has no values; load or initialise "

@@ -822,8 +822,10 @@ class EMAManager:
             facts += [swapped, *map(_fact, self._tracked.members)]
         is_wanted = _shards.is_first(tensors)
         for key in (_state.EMA_KEY, _state.RAW_KEY):
-            pairs = ((n, _shards.whole(t, is_wanted)) for n, t in state[key].items())
-            state[key] = {name: tensor for name, tensor in pairs if tensor is not None}
+            gathered = ((name, _shards.whole(tensor)) for name, tensor in state[key].items())
+            state[key] = {
+                name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered if is_wanted
+            }
         return state if is_wanted else {}
 
     def load_state_dict(
@@ -1049,7 +1051,7 @@ def _misfit(ema: Tensor, member: _tracking.Member | None) -> str:
     if _tracking.is_quantised(tensor):
         return f"is quantised there ({type(tensor).__name__}); copy before the model is quantised"
     if _shards.is_partitioned(tensor):
-        return _shards.refusal("", tensor).removeprefix("'' ")
+        return _shards.refusal(tensor)
     if tensor.shape != ema.shape:
         return f"has shape {list(tensor.shape)} but its ema has {list(ema.shape)}"
     floats = ema.is_floating_point(), tensor.is_floating_point()

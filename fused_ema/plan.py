@@ -129,7 +129,7 @@ class Plan:
         for i, tensor in self._zero3:
             if _shards.is_partitioned(tensor):
                 name = f"tensor {i}" if not self._names else self._names[i]
-                raise ValueError(f"fused_ema.Plan{op}: {_shards.refusal(name, tensor)}")
+                raise ValueError(f"fused_ema.Plan{op}: '{name}' {_shards.refusal(tensor)}")
 
     def describe(self) -> list[dict[str, Any]]:
         """Who serves what: one entry per device and dtype pair.

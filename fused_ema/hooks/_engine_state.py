@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_ema import _checks, _storage
-from fused_ema._foreach import dtype_name
+from fused_ema._foreach import dtype_name, holds
 from fused_ema.hooks._deepspeed import TITLE, Param, Piece
 
 VERSION = 1
@@ -122,7 +122,7 @@ def _fill(
     covered = piece.offset
     end = piece.offset + piece.numel
     for offset, values in sorted(found, key=lambda run: run[0]):
-        if values.dim() != 1 or torch.promote_types(values.dtype, part.dtype) != part.dtype:
+        if values.dim() != 1 or not holds(part.dtype, values.dtype):
             return [
                 f"'{param.names[0]}' is {dtype_name(values.dtype)} there and "
                 f"{dtype_name(part.dtype)} here, which can't hold all its values"

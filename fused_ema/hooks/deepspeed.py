@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import is_not
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from fused_ema import _caches, _checks, _slots, _storage, _tracking
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _deepspeed, _engine_calls, _engine_state, _files
+from fused_ema.formats._files import Replacing
+from fused_ema.hooks import _deepspeed, _engine_calls, _engine_state
 from fused_ema.manager import EMAManager, _misfit
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -444,7 +446,8 @@ class EngineEMA:
         state = self.state_dict()
         if not self._held.is_sharded and _rank() > 0:
             state["shards"] = {}  # Rank 0 has the same.
-        _files.save(state, _engine_state.path_of(folder, _rank(), _world()))
+        with Replacing(Path(_engine_state.path_of(folder, _rank(), _world()))) as file:
+            torch.save(state, file)
         if _rank() == 0:
             # Those of another number of ranks, saved there before, would be of another step.
             stale = set(glob.glob(_engine_state.path_of(glob.escape(folder), "*", "*")))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -569,11 +569,9 @@ def _gathered(named: Mapping[str, Tensor], is_kept: bool) -> dict[str, Tensor]:
     """Whole tensors on the CPU, where they are kept; every process must call it."""
     found = {}
     for name, tensor in named.items():
-        if _shards.is_dtensor(tensor):
-            there: Any = tensor.to(cast(Any, tensor).device_mesh.device_type)
-            tensor = there.full_tensor()
+        gathered = _shards.whole(tensor)
         if is_kept:
-            found[name] = tensor.to("cpu")
+            found[name] = gathered.to("cpu")
     return found
 
 

@@ -27,12 +27,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from fused_ema._tracking import BufferMode
-from fused_ema.hooks import _files, _options, _sharded, required
+from fused_ema.formats._files import Replacing
+from fused_ema.hooks import _options, _sharded, required
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -266,7 +268,8 @@ class EMACallback(_Callback):
         elif args.should_save:
             os.makedirs(folder, exist_ok=True)
             content = {_STEP_KEY: state.global_step, _MANAGER_KEY: manager.state_dict()}
-            _files.save(content, os.path.join(folder, FILE_NAME))
+            with Replacing(Path(folder, FILE_NAME)) as file:
+                torch.save(content, file)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Loads the average of the best checkpoint if its weights were, and saves it for use.
@@ -318,8 +321,9 @@ class EMACallback(_Callback):
         from fused_ema.hooks.deepspeed import EngineEMA
 
         options = dict(self._options)
-        for name in ("include", "exclude", "skip_frozen"):
-            if options.pop(name) and name != "skip_frozen":
+        del options["skip_frozen"]  # An engine's masters are those of what it trains.
+        for name in ("include", "exclude"):
+            if options.pop(name):
                 raise ValueError(
                     f"{_TITLE}: {name} is set, but with DeepSpeed the average is of all that the "
                     f"engine trains; leave {name} out"
