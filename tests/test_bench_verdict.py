@@ -358,6 +358,18 @@ def test_the_readme_s_table_of_the_walks():
     assert text[text.index(start) :].partition("\n\n")[0].splitlines() == made
 
 
+def test_the_picture_of_records_from_before_there_were_pauses(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = [str(H200 / "3ff6e58" / f"{name}.json") for name in ("bench", "bench_mixed")]
+    cli.main(["verdict", *files, "--plot", str(tmp_path / "update")])
+    texts = (tmp_path / "update.svg").read_text()
+    # Text is drawn as shapes; what it says stands beside them.
+    assert "<!-- ViT-L/16 -->" in texts
+    # A list of small tensors shows its time: 6.8 us of the plan in that record.
+    assert "<!-- 6.8 us -->" in texts
+    assert "<!-- 19.2x -->" in texts
+
+
 def test_the_readme_s_first_table_of_the_gpu():
     contents, _, _ = verdict.read(H200 / "3ff6e58" / f"{name}.json" for name in FIRST)
     records = Records(contents)
