@@ -14,9 +14,14 @@ from torch import Tensor
 
 from fused_ema import _checks, _state, _tracking
 from fused_ema._averages import Averages
-from fused_ema._state import EMA_DTYPES_KEY, EMA_KEY, IS_SWAPPED_KEY, RAW_KEY, VERSION_KEY
-
-VERSION = 2
+from fused_ema._state import (
+    EMA_DTYPES_KEY,
+    EMA_KEY,
+    IS_SWAPPED_KEY,
+    NAMED_VERSION,
+    RAW_KEY,
+    VERSION_KEY,
+)
 
 _OP = "load_state_dict"
 _TITLE = f"fused_ema.EMAManager.{_OP}"
@@ -40,12 +45,12 @@ def pack(
     """
     first = next(iter(emas.values()))
     state = _state.pack(iteration, num_updates, first, raw, bool(is_swapped))
-    return state | {VERSION_KEY: VERSION, EMA_KEY: dict(emas), IS_SWAPPED_KEY: is_swapped}
+    return state | {VERSION_KEY: NAMED_VERSION, EMA_KEY: dict(emas), IS_SWAPPED_KEY: is_swapped}
 
 
 def is_named(state: object) -> bool:
     """Whether it is a state of averages with names; any other may be one of an average without."""
-    return isinstance(state, Mapping) and state.get(VERSION_KEY) == VERSION
+    return isinstance(state, Mapping) and state.get(VERSION_KEY) == NAMED_VERSION
 
 
 def names_in(state: Mapping[str, Any]) -> list[str]:
@@ -137,7 +142,9 @@ def chosen(
             "what both have with strict=False; nothing was changed:\n  "
             + "\n  ".join(_checks.listed(lines))
         )
-    found = {i: one_of(state, n) if n in names else _alone(state, {}) for i, n in enumerate(own)}
+    # First what the state has: what isn't averaged is taken from there.
+    found = {own.index(name): one_of(state, name) for name in own if name in names}
+    found |= {own.index(name): _alone(state, {}) for name in missing}
     return found, [f"{name}.{tensor}" for name in surplus for tensor in state[EMA_KEY][name]]
 
 

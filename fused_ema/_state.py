@@ -30,6 +30,7 @@ from fused_ema import _checks, _shards
 from fused_ema._foreach import dtype_name, holds
 
 VERSION = 1
+NAMED_VERSION = 2  # fused_ema/_named_state.py
 
 VERSION_KEY = "version"
 ITERATION_KEY = "iteration"
@@ -173,12 +174,12 @@ def unpack(
             f"{_TITLE}: '{VERSION_KEY}' is {version!r}, with the keys "
             f"{sorted(map(str, state))[:8]}; that is no state of an EMAManager"
         )
+    if version == NAMED_VERSION:
+        raise ValueError(f"{_TITLE}: the state has averages with names; this takes that of one")
     if version > VERSION:
         raise ValueError(
             f"{_TITLE}: the state has version {version} but this fused_ema reads up to "
-            f"{VERSION + 1}; update fused_ema"
-            if version > VERSION + 1
-            else f"{_TITLE}: the state is of averages with names, and this takes one"
+            f"{NAMED_VERSION}; update fused_ema"
         )
     problems = [
         f"the key '{key}' is missing (a truncated state?)" for key in _KEYS if key not in state

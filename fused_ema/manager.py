@@ -830,11 +830,12 @@ class EMAManager:
     def state_dict(self) -> dict[str, Any]:
         """The manager's state, by name; :mod:`fused_ema.state` says what is in it.
 
-        The tensors are the live ones, not copies, as in ``module.state_dict()``. While swapped those
-        that the model holds, and the raw ones, are copies: the memory of each changes sides with
-        the swap back, and the state says what it held when it was taken. Under ``"ema"`` stands the
-        average in any case; of averages with names, each under its own. Of a sharded model they are DTensors with the placements of its own, as torch.distributed.checkpoint saves
-        them and loads them onto any number of ranks.
+        The tensors are the live ones, not copies, as in ``module.state_dict()``. While swapped
+        those that the model holds, and the raw ones, are copies: the memory of each changes sides
+        with the swap back, and the state says what it held when it was taken. Under ``"ema"``
+        stands the average in any case; of averages with names, each under its own. Of a sharded
+        model they are DTensors with the placements of its own, as torch.distributed.checkpoint
+        saves them and loads them onto any number of ranks.
         """
         places = range(len(self._averages.names))
         if not self._is_swapped:
