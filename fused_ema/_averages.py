@@ -180,6 +180,15 @@ class Averages:
         return ", ".join(f"{n}: {text}" for n, text in zip(self.names, texts, strict=True))
 
 
+def refuse_several(title: str, momentum: object) -> None:
+    """Raises ValueError where somebody names averages who is to keep one."""
+    if isinstance(momentum, (Mapping, list, tuple)):
+        raise ValueError(
+            f"{title}: momentum names averages, and this keeps one, without a name; pass a number, "
+            "or momentum_fun=, and keep others in an EMAManager of your own"
+        )
+
+
 def _check_name(name: object) -> None:
     if not isinstance(name, str):
         raise TypeError(
