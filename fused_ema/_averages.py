@@ -39,8 +39,15 @@ class Averages:
         object.__setattr__(self, "_constants", constants if is_all else None)
 
     @classmethod
-    def parse(cls, momentum: Momenta, momentum_fun: Schedule | None) -> Averages:
+    def parse(
+        cls, momentum: Momenta, momentum_fun: Schedule | None, is_teacher: bool = False
+    ) -> Averages:
         """Of what EMAManager is given.
+
+        Args:
+            momentum: Its own.
+            momentum_fun: Likewise.
+            is_teacher: Whether the average is that of a teacher: one, whose momentum may be 1.
 
         Raises:
             TypeError: A momentum that is neither a number nor a function, a name that is no string.
@@ -62,7 +69,8 @@ class Averages:
                     f"{TITLE}: momentum is a function; pass it as momentum_fun=, or with a name: "
                     'momentum={"name": function}'
                 )
-            constant = _checks.momentum("EMAManager", given)
+            is_copy = is_teacher and type(given) in (int, float) and given == 1
+            constant = 1.0 if is_copy else _checks.momentum("EMAManager", given)
             if momentum_fun is None:
                 _checks.warn_of_decay("EMAManager", constant, stacklevel=3)
             return cls(("",), (constant if momentum_fun is None else momentum_fun,))
@@ -70,6 +78,11 @@ class Averages:
             raise ValueError(
                 f"{TITLE}: momentum names averages and momentum_fun is set, too; give each average "
                 'its own schedule: momentum={"name": function}'
+            )
+        if is_teacher:
+            raise ValueError(
+                f"{TITLE}: momentum names averages, and into= is set; a teacher is one, without "
+                "a name: make a manager for it and another for the others"
             )
         pairs = list(given.items() if isinstance(given, Mapping) else given)
         if not pairs:

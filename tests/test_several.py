@@ -597,3 +597,8 @@ def test_what_a_manager_says_of_itself():
     assert "momentum={'a': 0.1, 'b': 0.2}" in repr(ema)
     assert ema.momentum_at(7, "b") == 0.2
     assert ema.averages == ("a", "b")
+
+
+def test_a_teacher_is_one():
+    with pytest.raises(ValueError, match="momentum names averages, and into= is set"):
+        EMAManager(Net(), {"a": 0.1}, into=Net().requires_grad_(False))
