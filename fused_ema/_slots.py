@@ -265,10 +265,13 @@ class Tracked:
             slot.in_plan = False
         self.loose_copied = self.copied
 
-    def update(self, momenta: Sequence[float], form: Form) -> None:
+    def update(
+        self, momenta: Sequence[float], form: Form, average: Callable[..., None] | None = None
+    ) -> None:
         """Averages, by a momentum for each average, and copies: all, or none where it raises.
 
         After a failed copy from another device some may have been copied; it can be made again.
+        Where there is an ``average``, it is called with all of this in place of _average().
         """
         if self.teacher is not None and momenta[0] == 0:
             self.plan._check()
@@ -282,7 +285,10 @@ class Tracked:
         if early:
             self.check_plans()
             _storage.copy([slot.ema for slot in early], [slot.param for slot in early])
-        self._average(momenta, form)
+        if average is None:
+            self._average(momenta, form)
+        else:
+            average(self, momenta, form)
         # What is left can't fail any more.
         if copies is not None:
             copies.copy_to_ema()
