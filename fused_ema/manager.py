@@ -232,9 +232,9 @@ class EMAManager:
         # conversion there and back could come to lie at the same address.
         self._places: list[tuple[int, object]] = []
         self._tracked, self._frozen = self._track("")
-        if self._into is not None:
-            constant = self._momentum if momentum_fun is None else 0.0
-            self._into.warn_of_stall(constant, self._tracked.averaged_dtypes, level=2)
+        if self._into is not None and self._tracked.teacher is not None:
+            if momentum_fun is None:
+                self._tracked.teacher.warn_of_stall(self._momentum, level=2)
             staged = {s.name: (s.param, s.ema) for s in self._tracked.staged}
             self._into.warn_of_stages(staged, level=2)
 
@@ -502,7 +502,7 @@ class EMAManager:
         """Averages with that momentum, or copies everything where there is none."""
         tracked = self._tracked
         if tracked.teacher is not None:
-            tracked.teacher.prepare("update")
+            tracked.teacher.prepare(momentum)
         if not tracked.is_current_so_far():
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
@@ -512,8 +512,6 @@ class EMAManager:
             self._tracked = tracked = tracked.restaged()
         if tracked.tied:
             tracked.check_geometry("update", tracked.tied)
-        if (teacher := tracked.teacher) is not None:
-            teacher.warn(momentum, tracked.averaged_dtypes)
         try:
             plan = tracked.plan
             num_refreshes = plan._num_refreshes
@@ -529,8 +527,8 @@ class EMAManager:
             raise
         if plan._num_refreshes != num_refreshes:
             tracked.lay_anew()
-        if teacher is not None:
-            teacher.note_update()
+        if tracked.teacher is not None:
+            tracked.teacher.note_update()
 
     # ---- for evaluation
 
