@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from operator import is_not
@@ -226,6 +226,8 @@ class EMAManager:
         self._marks = _storage.make_marks()
         self._hooked: tuple[list[weakref.ref[torch.optim.Optimizer]], RemovableHandle | None]
         self._hooked = [], None
+        # Called after each iteration that was offered: fused_ema.posthoc.Snapshots.
+        self._after_update: list[Callable[[], None]] = []
         # Weak: what was tracked before a refresh() must be able to go.
         self._checked: tuple[int, weakref.ref[_slots.Tracked]] | None = None
         # From a swap in to the swap out: where each param was. Its memory is held as well, or a
@@ -405,6 +407,8 @@ class EMAManager:
             self._apply(self.momentum_at(i))
             self._num_updates += 1
         self._iteration = i + 1
+        for call in self._after_update:
+            call()
 
     def _refuse_update(self, op: str) -> None:
         if self._is_swapped:

@@ -35,6 +35,7 @@ import torch
 from fused_ema._tracking import BufferMode
 from fused_ema.formats._files import Replacing
 from fused_ema.hooks import _options, _sharded, required
+from fused_ema.hooks._made import MakesManager
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -63,7 +64,7 @@ _STEP_KEY = "global_step"
 _MANAGER_KEY = "manager"
 
 
-class EMACallback(_Callback):
+class EMACallback(MakesManager, _Callback):
     """Averages the weights in ``Trainer.train()``; ``evaluate`` and ``predict`` see the average.
 
     A ``Trainer`` has no event before an evaluation, and tells no callback which checkpoint it
@@ -248,6 +249,7 @@ class EMACallback(_Callback):
             else:
                 _load(manager, where, state.global_step)
         self._manager = manager
+        self._tell_made(manager)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates where the step was made."""
@@ -320,14 +322,7 @@ class EMACallback(_Callback):
             return EMAManager(trainer.model, **self._options)
         from fused_ema.hooks.deepspeed import EngineEMA
 
-        options = dict(self._options)
-        del options["skip_frozen"]  # An engine's masters are those of what it trains.
-        for name in ("include", "exclude"):
-            if options.pop(name):
-                raise ValueError(
-                    f"{_TITLE}: {name} is set, but with DeepSpeed the average is of all that the "
-                    f"engine trains; leave {name} out"
-                )
+        options = _options.for_engine(_TITLE, self._options)
         return EngineEMA(trainer.model_wrapped, **options)
 
     def _made(self) -> EMAManager | EngineEMA:
