@@ -6,7 +6,8 @@ widths are put together from the files and evaluated on images that the net hasn
 length would have been best. Three widths are averaged in the training as well, to see that what
 comes out is what would have come of them.
 
-The learning rate is that of `bench train`, or falls along half a cosine with --decay: of weights
+Three epochs, after which the net still learns: a short average is noise, a long one is late. The
+learning rate is that of `bench train`, or falls along half a cosine with --decay: of weights
 that have come to rest an average is good for less.
 """
 
@@ -36,7 +37,7 @@ WIDTHS = (0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.0625, 0.075, 0.1, 0.125, 0.15, 
 class Settings:
     """How a run trains, and how often it saves."""
 
-    epochs: int = 15
+    epochs: int = 3
     num_snapshots: int = 32
     decay: bool = False
     seed: int = 0
