@@ -79,6 +79,7 @@ lint: $(READY) $(LINT_READY)
 	$(TOOLS)ruff format --check .
 	$(CXX_FILES) | xargs $(TOOLS)clang-format --dry-run --Werror
 	$(PY) -m mypy
+	$(PY) -m mypy tests/user_program.py
 
 format: $(READY) $(LINT_READY)
 	$(TOOLS)ruff check --fix-only .

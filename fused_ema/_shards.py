@@ -252,15 +252,15 @@ class Units:
             torch.autograd.graph.increment_version(_counted([p for p in found if p is not None]))
 
 
-def units_of(model: nn.Module) -> Units:
-    """Those that hold a tensor of a model: of its modules, and of modules that it is a part of."""
+def units_of(*models: nn.Module) -> Units:
+    """Those that hold a tensor of models: of their modules, and of those they are parts of."""
     cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     states = getattr(
         sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None
     )
     if cls is None or not states:
         return Units([])
-    own = {id(module) for module in model.modules()}
+    own = {id(module) for model in models for module in model.modules()}
     found = {}
     for module in list(states):
         if isinstance(module, cls):

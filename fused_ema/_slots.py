@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_ema import _native, _shards, _storage, ops
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
 from fused_ema._sources import Feed, matched, misfit, unsupported
+from fused_ema._teacher import Teacher
 from fused_ema._tracking import Buffers, Member, Tree, group_tied, memory_of
 from fused_ema.ops import Form
 from fused_ema.plan import Plan
@@ -43,6 +44,7 @@ class Slot:
         given: What is averaged in the param's place; None for the param itself.
         in_plan: Whether a plan averages or copies it. Not what is assigned anew in each step, for
             which the plan would be made anew each time.
+        target: The teacher's, which the ema is; None where the manager has made it.
     """
 
     members: tuple[Member, ...]
@@ -52,6 +54,7 @@ class Slot:
     stage: Tensor | None
     param_device: torch.device
     given: Tensor | None = None
+    target: Member | None = None
     in_plan: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,9 @@ class Slot:
     def treatment(self) -> str:
         """What an update does with it, and why."""
         reason = self.reason if self.given is None else "from its source"
-        return f"{_DONE[self.kind]}: {reason}"
+        is_renamed = self.target is not None and self.target.name != self.name
+        into = f" into '{self.target.name}'" if self.target is not None and is_renamed else ""
+        return f"{_DONE[self.kind]}{into}: {reason}"
 
     @property
     def source(self) -> Tensor:
@@ -134,6 +139,7 @@ class Tracked:
         shards: Of the members that are DTensors.
         is_sharded: Whether there are any.
         feed: Where sources are asked for; None without any.
+        teacher: Whose tensors the emas are; None where they are the manager's.
     """
 
     def __init__(
@@ -142,6 +148,7 @@ class Tracked:
         members: Sequence[Member],
         slots: Sequence[Slot],
         feed: Feed | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.tree = tree
         self.members = list(members)
@@ -153,18 +160,32 @@ class Tracked:
         self.loose = [slot for slot in self.averaged if not slot.in_plan]
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
-        self.shards = _shards.Shards([member.tensor for member in members])
+        self.teacher = teacher
+        self.shards = _shards.Shards(
+            [m.tensor for m in (*members, *(s.target for s in slots if s.target is not None))]
+        )
         self.is_sharded = any(_shards.is_dtensor(member.tensor) for member in members)
         self.feed = feed
         self._given_shards = _shards.Shards([s.given for s in slots if s.given is not None])
 
+    @cached_property
+    def averaged_dtypes(self) -> frozenset[torch.dtype]:
+        """Of the emas that are averaged."""
+        return frozenset(slot.ema.dtype for slot in self.averaged)
+
     def is_current(self) -> bool:
         """Whether the model still has the very tensors, and those their shards."""
-        return self.tree.is_current() and self.shards.are_current()
+        return self.tree.is_current() and self.shards.are_current() and self.has_teacher()
 
     def is_current_so_far(self) -> bool:
         """The same in every step; see Tree.is_current_so_far()."""
+        if self.teacher is not None and not self.teacher.tree.is_current_so_far():
+            return False
         return self.tree.is_current_so_far() and self.shards.are_current()
+
+    def has_teacher(self) -> bool:
+        """Whether the teacher, if there is any, still has the very tensors."""
+        return self.teacher is None or self.teacher.tree.is_current()
 
     def writable(self) -> AbstractContextManager[object]:
         """The mode in which all params can be written."""
@@ -175,6 +196,8 @@ class Tracked:
         """To be called after each write to params."""
         self.shards.note_write()
         self.tree.units.note_write()
+        if self.teacher is not None:
+            self.teacher.note_write()
 
     @cached_property
     def plan(self) -> Plan:
@@ -209,6 +232,9 @@ class Tracked:
 
         After a failed copy from another device some may have been copied; it can be made again.
         """
+        if self.teacher is not None and momentum == 0:
+            self.plan._check()
+            return  # Of lerp -0.0 would become 0.0, and NaN beside an infinite param.
         copies = self._checked_copies()
         loose = self.copied if copies is None else self.loose_copied
         early = []
@@ -239,11 +265,21 @@ class Tracked:
         return copies
 
     def _average(self, momentum: float, form: Form) -> None:
+        if self.teacher is not None and momentum == 1:
+            self._replace()
+            return
         if self.loose:
             self.plan._check()
             emas, sources = [s.ema for s in self.loose], [s.source for s in self.loose]
             ops._update(emas, sources, momentum, form)
         self.plan._update(momentum, form)
+
+    def _replace(self) -> None:
+        """Copies the averaged ones: a teacher that has got infinite goes on, too."""
+        if self.loose:
+            self.plan._check()
+            _storage.copy([s.ema for s in self.loose], [s.source for s in self.loose])
+        self.plan.copy_to_ema()
 
     def follow(self) -> None:
         """Copies all: before the first average."""
@@ -292,6 +328,7 @@ class Tracked:
             slot
             for slot in self.averaged
             if slot.stage is None
+            and slot.target is None
             and slot.ema.stride() != slot.followed.stride()
             and slot.ema.shape == slot.followed.shape
             and slot.ema.device == slot.followed.device
@@ -312,13 +349,20 @@ class Tracked:
             slot.ema = ema
         self.__dict__.pop("plan", None)
 
-    def rebound(self, tree: Tree, now: Mapping[str, Member]) -> Tracked:
+    def rebound(
+        self, tree: Tree, now: Mapping[str, Member], teacher: Teacher | None = None
+    ) -> Tracked:
         """The same slots with the tensors that now stand under their names."""
         slots = [
             replace(slot, members=tuple(now.get(m.name, m) for m in slot.members))
             for slot in self.slots
         ]
-        return Tracked(tree, [now.get(m.name, m) for m in self.members], slots, self.feed)
+        if teacher is not None:
+            for slot in slots:
+                slot.target = teacher.targets[slot.name]
+                slot.ema = slot.target.local
+        members = [now.get(m.name, m) for m in self.members]
+        return Tracked(tree, members, slots, self.feed, teacher or self.teacher)
 
     def restaged(self) -> Tracked:
         """The same with stages of the dtypes that the params have now."""
@@ -327,7 +371,7 @@ class Tracked:
                 s if s.stage is None else replace(s, stage=s.stage.to(s.followed.dtype))
                 for s in self.slots
             ]
-        return Tracked(self.tree, self.members, slots, self.feed)
+        return Tracked(self.tree, self.members, slots, self.feed, self.teacher)
 
     def fed(self, op: str) -> Tracked:
         """The same with the sources that there are now, their values up to date.
@@ -353,7 +397,7 @@ class Tracked:
         if problems:
             raise misfit(op, problems)
         slots = [replace(slot, given=source) for slot, source in pairs]
-        tracked = Tracked(self.tree, self.members, slots, self.feed)
+        tracked = Tracked(self.tree, self.members, slots, self.feed, self.teacher)
         tracked.lay_anew()
         tracked.plan  # noqa: B018  What it refuses isn't taken.
         if found is not None:
@@ -381,6 +425,13 @@ class Tracked:
                     f"fused_ema.EMAManager.{op}: '{slot.name}' has shape {list(param.shape)} but "
                     f"its ema has {list(slot.ema.shape)}; give it back its shape, or call "
                     "refresh() to start its average anew"
+                )
+            ema_place = param if slot.stage is None else slot.stage
+            if slot.target is not None and slot.ema.device != ema_place.device:
+                raise ValueError(
+                    f"fused_ema.EMAManager.{op}: the teacher's '{slot.target.name}' is on "
+                    f"{slot.ema.device} but was on {ema_place.device} when the manager was made; "
+                    "move it back, or call refresh() to go on there"
                 )
             if param.device != slot.param_device:
                 raise ValueError(
@@ -488,6 +539,7 @@ class Policy:
         members: Sequence[Member],
         old: Mapping[str, Slot] | None = None,
         feed: Feed | None = None,
+        teacher: Teacher | None = None,
     ) -> Tracked:
         """Slots for these members, with emas that are clones of what they follow.
 
@@ -498,6 +550,7 @@ class Policy:
             old: Slots of before by name: what fits of their emas is kept as it is. None for a new
                 manager, for which each rank makes one.
             feed: Where sources are asked for.
+            teacher: Whose tensors are to be the emas.
         """
         is_new, old = old is None, {} if old is None else old
         groups = group_tied(members)
@@ -524,7 +577,17 @@ class Policy:
                 decided[i] = slot.kind, slot.reason
         told = [member.tensor for member in members] if is_new else []
         with _shards.one_error(_TITLE, told):
-            return self._made(op, tree, members, groups, decided, before, feed)
+            tracked = self._made(op, tree, members, groups, decided, before, feed, teacher)
+        if teacher is not None and teacher.starts_as_copy:
+            # Only now: where another rank has failed, the teacher is as it was.
+            new = [
+                slot
+                for slot, was in zip(tracked.slots, before, strict=True)
+                if was is None or was.ema.shape != slot.ema.shape
+            ]
+            _storage.copy([slot.ema for slot in new], [slot.followed for slot in new])
+            teacher.note_write()
+        return tracked
 
     def _made(
         self,
@@ -535,6 +598,7 @@ class Policy:
         decided: Sequence[tuple[Kind, str]],
         before: Sequence[Slot | None],
         feed: Feed | None,
+        teacher: Teacher | None,
     ) -> Tracked:
         params = [group[0].local for group in groups]
         found = {} if feed is None else feed.poll() or {}
@@ -546,11 +610,15 @@ class Policy:
             for param, one in zip(params, given, strict=True)
         ]
         kinds = [kind for kind, _ in decided]
+        targets = [None if teacher is None else teacher.targets[g[0].name] for g in groups]
         dtypes = [
-            self._dtype_of(group[0], kind, one)
-            for group, kind, one in zip(groups, kinds, followed, strict=True)
+            self._dtype_of(group[0], kind, one, target)
+            for group, kind, one, target in zip(groups, kinds, followed, targets, strict=True)
         ]
-        devices = [self.device or param.device for param in params]
+        devices = [
+            self.device or param.device if target is None else target.local.device
+            for param, target in zip(params, targets, strict=True)
+        ]
         kept = {
             i: slot.ema
             for i, slot in enumerate(before)
@@ -559,6 +627,7 @@ class Policy:
             and _shards.is_laid_alike(slot.members[0].tensor, groups[i][0].tensor)
             and _has_room(slot.ema, followed[i], dtypes[i], devices[i])
         }
+        kept |= {i: target.local for i, target in enumerate(targets) if target is not None}
         new = [i for i in range(len(groups)) if i not in kept]
         made = _storage.allocate(
             [followed[i] for i in new], [dtypes[i] for i in new], [devices[i] for i in new]
@@ -572,10 +641,18 @@ class Policy:
         )
         stage_of = dict(zip(away, stages, strict=True))
         slots = [
-            Slot(tuple(group), *decided[i], emas[i], stage_of.get(i), params[i].device, given[i])
+            Slot(
+                tuple(group),
+                *decided[i],
+                emas[i],
+                stage_of.get(i),
+                params[i].device,
+                given[i],
+                targets[i],
+            )
             for i, group in enumerate(groups)
         ]
-        tracked = Tracked(tree, members, slots, feed)
+        tracked = Tracked(tree, members, slots, feed, teacher)
         # Now, so that what can't be averaged is an error at once, and nothing is made at an exit.
         tracked.plan  # noqa: B018
         tracked._copies  # noqa: B018
@@ -608,14 +685,18 @@ class Policy:
             return "average", "a norm layer's running statistic"
         return "copy", "no running statistic of a norm layer"
 
-    def _dtype_of(self, member: Member, kind: Kind, followed: Tensor) -> torch.dtype:
+    def _dtype_of(
+        self, member: Member, kind: Kind, followed: Tensor, target: Member | None
+    ) -> torch.dtype:
         own = followed.dtype
         if member.local.layout != torch.strided:
             raise TypeError(
                 f"fused_ema.EMAManager: '{member.name}' has layout {member.local.layout}; only "
                 "dense tensors can be averaged, leave it out with exclude="
             )
-        if kind != "average" or self.ema_dtype == "param":
+        if target is not None:
+            dtype = target.local.dtype
+        elif kind != "average" or self.ema_dtype == "param":
             dtype = own
         elif self.ema_dtype is None:
             dtype = torch.float32 if own in _NARROW else own
@@ -623,13 +704,13 @@ class Policy:
             dtype = self.ema_dtype
         if kind == "average" and (dtype, own) not in DTYPE_PAIRS:
             pairs = ", ".join("/".join(map(dtype_name, pair)) for pair in DTYPE_PAIRS)
+            way = "Choose another ema_dtype" if target is None else "Convert the teacher"
             what = f"'{member.name}'"
             if followed is not member.local:
                 what = f"the source of {what}"
             raise TypeError(
                 f"fused_ema.EMAManager: {what} is {own} and its ema would be {dtype}; "
-                f"supported pairs (ema/param): {pairs}. Choose another ema_dtype, or leave it out "
-                "with exclude="
+                f"supported pairs (ema/param): {pairs}. {way}, or leave it out with exclude="
             )
         return dtype
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from operator import is_not
@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fused_ema import _checks, _shards, _slots, _sources, _state, _steps, _storage, _tracking
+from fused_ema import (
+    _checks,
+    _counters,
+    _shards,
+    _slots,
+    _sources,
+    _state,
+    _steps,
+    _storage,
+    _teacher,
+    _tracking,
+)
 from fused_ema._foreach import check_form, dtype_name, has_plain_memory, holds
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
@@ -78,8 +89,9 @@ class EMAManager:
         skip_buffers: Track parameters only.
         momentum_fun: The momentum as a function of the 0-based iteration, in [0, 1], instead of
             the constant: one of :mod:`fused_ema.schedules` or your own.
-        form: ``"lerp"``, or ``"mul_add"`` for the bits of ``ema.mul_(1 - m).add_(param, alpha=m)``;
-            see :func:`fused_ema.update_`.
+        form: ``"lerp"``, ``"mul_add"`` for the bits of ``ema.mul_(1 - m).add_(param, alpha=m)``, or
+            ``"two_products"`` for those of ``(1 - m) * ema + m * param``; see
+            :func:`fused_ema.update_`.
         begin: The first iteration that averages. Before it the ema follows by copy, integer
             buffers too, at every iteration whatever the interval.
         ema_dtype: Of averaged tensors: a dtype, ``"param"`` for each param's own, or None for
@@ -106,6 +118,17 @@ class EMAManager:
             now, as after its ``load_state_dict()``. A parameter that isn't among them is averaged
             itself. All else is the model's: names, buffers, what is tracked, and what a swap
             exchanges; sources are only read, and ``ema_dtype`` goes by theirs.
+        into: A teacher or target network: a module whose own tensors are the averages, in place, by
+            name. It is neither copied nor converted, no second copy of it is kept, and its tensors
+            keep their addresses. Names are without wrappers on both sides; what only one side has
+            must be left out by ``include`` or ``exclude``, which match the names of either. Its
+            parameters must not require gradients. With it a momentum of 1 copies (hard updates
+            each ``interval`` iterations), and one of 0 writes nothing at all. ``docs/teachers.md``.
+        rename: With ``into``: the teacher's name for each of the student's, a function or a
+            dictionary of patterns, ``{"*.lora_A.default.*": "*.lora_A.teacher.*"}``; the first that
+            matches counts. The model itself may then be ``into``: what is renamed is averaged.
+        start: With ``into``: ``"copy"``, the teacher starts as the student (what is tracked of it),
+            or ``"keep"``, with the values that it has.
         decay: Not taken; the error says which momentum it is.
 
     Raises:
@@ -148,6 +171,9 @@ class EMAManager:
         exclude: str | Sequence[str] = (),
         buffers: BufferMode | Mapping[str, BufferMode] | None = None,
         sources: _sources.Given | None = None,
+        into: nn.Module | None = None,
+        rename: _teacher.Rename | None = None,
+        start: _teacher.Start = "copy",
         decay: None = None,
     ) -> None:
         if decay is not None:
@@ -168,7 +194,9 @@ class EMAManager:
             _sources.check(sources)
         self._model = model
         self._sources = sources
-        self._momentum = _checks.momentum("EMAManager", momentum)
+        self._into = _teacher.Into.parse(into, rename, start, ema_dtype=ema_dtype, device=device)
+        is_copy = self._into is not None and type(momentum) in (int, float) and momentum == 1
+        self._momentum = 1.0 if is_copy else _checks.momentum("EMAManager", momentum)
         if momentum_fun is None:
             _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=2)
         self._momentum_fun = momentum_fun
@@ -206,34 +234,56 @@ class EMAManager:
         # conversion there and back could come to lie at the same address.
         self._places: list[tuple[int, object]] = []
         self._tracked, self._frozen = self._track("")
+        if self._into is not None:
+            constant = self._momentum if momentum_fun is None else 0.0
+            self._into.warn_of_stall(constant, self._tracked.averaged_dtypes, level=2)
+            staged = {s.name: (s.param, s.ema) for s in self._tracked.staged}
+            self._into.warn_of_stages(staged, level=2)
 
     def _track(
         self, op: str, old: _slots.Tracked | None = None
     ) -> tuple[_slots.Tracked, list[_tracking.Member]]:
         """What is tracked of the model as it is now, and what is left out as frozen."""
         # A refresh() is one rank's own matter: others may have nothing to refresh.
-        told = _shards.dtensors_of(self._model) if old is None else []
+        models = [self._model] if self._into is None else [self._model, self._into.module]
+        told = [t for m in models for t in _shards.dtensors_of(m)] if old is None else []
         with _shards.one_error(_TITLE, told) as facts:
-            _tracking.refuse_fsdp1(_TITLE, self._model)
-            tree = _tracking.read(self._model)
+            for model in models:
+                _tracking.refuse_fsdp1(_TITLE, model)
             tracked_names = {m.name for m in old.members} if old is not None else frozenset[str]()
-            members = self._selection.choose(tree.members, tracked_names)
+            tree, members, teacher = self._read(tracked_names)
             frozen = self._selection.left_frozen(tree.members, {member.name for member in members})
             self._policy.check(members)
-            self._refuse_if_another_holds(op, ((member.name, member.local) for member in members))
+            targets = [] if teacher is None else teacher.targets.values()
+            self._refuse_if_another_holds(op, ((m.name, m.local) for m in (*members, *targets)))
             facts += [self._settings(), *map(_fact, members)]
-            if old is not None:
+            if old is not None and teacher is None:
                 self._refuse_if_laid_otherwise(op, members)
             feed = None if self._sources is None else _sources.bind(self._sources, tree.members)
         before = None if old is None else {m.name: s for s in old.slots for m in s.members}
-        tracked = self._policy.track(op, tree, members, before, feed)
+        tracked = self._policy.track(op, tree, members, before, feed, teacher)
         tree.members.clear()  # They are the tracked members' alone to hold on to.
         return tracked, frozen
+
+    def _read(
+        self, tracked_names: Container[str]
+    ) -> tuple[_tracking.Tree, list[_tracking.Member], _teacher.Teacher | None]:
+        """The model as it is now, what is tracked of it, and the teacher of these."""
+        tree = _tracking.read(self._model)
+        if self._into is None:
+            return tree, self._selection.choose(tree.members, tracked_names), None
+        teacher = self._into.read(self._model, tree)
+        members = self._selection.choose(tree.members, tracked_names, teacher.members)
+        teacher.pair(members, tree.members, self._selection.means, _slots.check_memory)
+        teacher.members.clear()
+        return tree, members, teacher
 
     def _settings(self) -> _shards.Fact:
         momentum = self._momentum if self._momentum_fun is None else "a function"
         text = f"momentum={momentum}, interval={self._interval}, begin={self._begin}, "
         text += f"form={self._form!r}, ema_dtype={self._policy.ema_dtype}"
+        if self._into is not None:
+            text += f", start={self._into.start!r}"
         return _shards.Fact(None, "EMAManager", text)
 
     def _refuse_if_laid_otherwise(self, op: str, members: Sequence[_tracking.Member]) -> None:
@@ -317,6 +367,7 @@ class EMAManager:
         parts = "".join(f", {len(slots):,} {what}" for what, slots in others.items() if slots)
         return (
             f"EMAManager({len(tracked.slots):,} tensors, {num_elements:,} elements{parts}, "
+            f"{'' if self._into is None else f'into a {type(self._into.module).__name__}, '}"
             f"momentum={momentum}, interval={self._interval}, form={self._form!r}, "
             f"iteration={self._iteration}, num_updates={self._num_updates}"
             f"{', swapped' if self._is_swapped else ''})"
@@ -454,6 +505,8 @@ class EMAManager:
     def _apply(self, momentum: float | None) -> None:
         """Averages with that momentum, or copies everything where there is none."""
         tracked = self._tracked
+        if tracked.teacher is not None:
+            tracked.teacher.prepare("update")
         if not tracked.is_current_so_far():
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
@@ -463,6 +516,8 @@ class EMAManager:
             self._tracked = tracked = tracked.restaged()
         if tracked.tied:
             tracked.check_geometry("update", tracked.tied)
+        if (teacher := tracked.teacher) is not None:
+            teacher.warn(momentum, tracked.averaged_dtypes)
         try:
             plan = tracked.plan
             num_refreshes = plan._num_refreshes
@@ -478,6 +533,8 @@ class EMAManager:
             raise
         if plan._num_refreshes != num_refreshes:
             tracked.lay_anew()
+        if teacher is not None:
+            teacher.note_update()
 
     # ---- for evaluation
 
@@ -745,6 +802,8 @@ class EMAManager:
         self._tracked = tracked = tracked.fed("reset")
         slots = tracked.slots
         _storage.copy([slot.ema for slot in slots], [slot.followed for slot in slots])
+        if tracked.teacher is not None:
+            tracked.teacher.note_write()
         self._iteration = 0
         self._num_updates = 0
 
@@ -771,8 +830,11 @@ class EMAManager:
             before = emas.get(slot.name)
             if slot.name in old and old[slot.name].ema is slot.ema:
                 continue
+            if slot.target is not None and before is not None and before.shape == slot.ema.shape:
+                continue  # The teacher's own values, wherever they are now.
             if (
-                before is not None
+                slot.target is None
+                and before is not None
                 and before.shape == slot.members[0].tensor.shape
                 and before.is_floating_point() == slot.ema.is_floating_point()
             ):
@@ -794,6 +856,8 @@ class EMAManager:
         they are DTensors with the placements of its own, as torch.distributed.checkpoint saves
         them and loads them onto any number of ranks.
         """
+        if self._into is not None:
+            return self._counters()
         if not self._is_swapped:
             return _state.pack(self._iteration, self._num_updates, self._emas(), {}, False)
         self._follow_buffers()
@@ -806,6 +870,15 @@ class EMAManager:
         ema = tracked.by_name(copies.__getitem__)
         raw = tracked.by_name(copies[len(emas) :].__getitem__)
         return _state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
+
+    def _counters(self) -> dict[str, Any]:
+        """The state beside a teacher, whose tensors are saved where it is."""
+        if self._is_swapped:
+            raise RuntimeError(
+                f"{_TITLE}.state_dict: student and teacher hold each other's weights, and the "
+                f"state with into= has none; {self._way_back()} first, and save then"
+            )
+        return _counters.pack(self._iteration, self._num_updates, self._emas())
 
     def full_state_dict(self) -> dict[str, Any]:
         """The state of a sharded model whole, on the first rank's CPU, for export.
@@ -825,7 +898,7 @@ class EMAManager:
             swapped = _shards.Fact(None, "the model", "swapped" if self._is_swapped else "itself")
             facts += [swapped, *map(_fact, self._tracked.members)]
         is_wanted = _shards.is_first(tensors)
-        for key in (_state.EMA_KEY, _state.RAW_KEY):
+        for key in () if self._into is not None else (_state.EMA_KEY, _state.RAW_KEY):
             gathered = ((name, _shards.whole(tensor)) for name, tensor in state[key].items())
             state[key] = {
                 name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered if is_wanted
@@ -865,6 +938,8 @@ class EMAManager:
             of :meth:`state_dict` itself, as torch.distributed.checkpoint does.
         """
         title = f"{_TITLE}.load_state_dict"
+        if _counters.is_state(state_dict):
+            return self._load_counters(title, state_dict, strict)
         with _shards.one_error(title, [m.tensor for m in self._tracked.members]) as facts:
             tracked, loaded, incompatible = self._unpacked(state_dict, strict)
             slots = tracked.slots
@@ -891,7 +966,26 @@ class EMAManager:
         self._set_swapped(loaded.is_swapped)
         self._iteration = loaded.iteration
         self._num_updates = loaded.num_updates
+        if tracked.teacher is not None:
+            tracked.teacher.note_write()
         return incompatible
+
+    def _load_counters(
+        self, title: str, state_dict: Mapping[str, Any], strict: bool
+    ) -> _state.IncompatibleKeys:
+        """Takes over the state of a manager with a teacher."""
+        tensors = [member.tensor for member in self._tracked.members]
+        with _shards.one_error(title, tensors) as facts:
+            self._refuse_if_swapped("load_state_dict")
+            tracked = self._follow("load_state_dict")
+            emas = None if tracked.teacher is None else self._emas()
+            loaded = _counters.unpack(title, state_dict, emas, strict)
+            position = f"at iteration {loaded.iteration} after {loaded.num_updates} updates"
+            facts.append(_shards.Fact(None, "the state", position))
+        self._iteration, self._num_updates = loaded.iteration, loaded.num_updates
+        if tracked.teacher is not None:
+            tracked.teacher.forget()
+        return _state.IncompatibleKeys(loaded.missing, loaded.unexpected)
 
     def _unpacked(
         self, state_dict: Mapping[str, Any], strict: bool
@@ -943,14 +1037,14 @@ class EMAManager:
             so_far = False
         if not so_far and tracked.is_current():
             return tracked
-        is_followed = tracked.shards.are_current()
+        is_followed = tracked.shards.are_current() and tracked.has_teacher()
         anew = tracked.tree.buffers_assigned_anew(so_far) if is_followed else None
         if anew is not None and tracked.follow_buffers(op, anew):
             tracked.tree.take_over_buffers()
             return tracked
-        tree = _tracking.read(self._model)
         was = {member.name: member for member in tracked.members}
-        now = {member.name: member for member in self._selection.choose(tree.members, was)}
+        tree, members, teacher = self._read(was)
+        now = {member.name: member for member in members}
         changes = [
             f"'{name}' was replaced: {_described(was[name])} before, {_described(now[name])} now"
             for name in was
@@ -958,6 +1052,14 @@ class EMAManager:
         ]
         changes += [f"'{name}' is new: {_described(now[name])}" for name in now if name not in was]
         changes += [f"'{name}' is gone: {_described(was[name])}" for name in was if name not in now]
+        if tracked.teacher is not None and teacher is not None:
+            before, after = tracked.teacher.targets, teacher.targets
+            changes += [
+                f"the teacher's '{after[name].name}' was replaced: {_described(before[name])} "
+                f"before, {_described(after[name])} now"
+                for name in was
+                if name in now and not _slots.is_continued(before[name], after[name])
+            ]
         if changes:
             raise RuntimeError(
                 f"{_TITLE}.{op}: the model has changed since the manager was made; call refresh() "
@@ -967,7 +1069,7 @@ class EMAManager:
         for name, member in now.items():
             if member.local is not was[name].local:
                 _slots.check_memory(op, member)
-        self._tracked = tracked.rebound(tree, now)
+        self._tracked = tracked.rebound(tree, now, teacher)
         self._frozen = self._selection.left_frozen(tree.members, now)
         tree.members.clear()
         return self._tracked
@@ -996,7 +1098,10 @@ class EMAManager:
             # Asked again only where another set of managers is swapped, or other tensors tracked.
             checked = (_swaps.count, weakref.ref(self._tracked))
             if self._checked != checked:
-                self._refuse_if_another_holds(op, ((s.name, s.param) for s in self._tracked.slots))
+                slots = self._tracked.slots
+                held = [(s.name, s.param) for s in slots]
+                held += [(s.name, s.ema) for s in slots if s.target is not None]
+                self._refuse_if_another_holds(op, held)
                 self._checked = checked
 
     def _refuse_if_another_holds(self, op: str, named: Iterable[tuple[str, Tensor]]) -> None:

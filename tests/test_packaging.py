@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -21,6 +22,24 @@ def run(*command: str | Path, cwd: Path, **variables: str) -> None:
         command, cwd=cwd, env=os.environ | variables, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_table_of_versions_names_what_ci_runs():
+    tomllib = pytest.importorskip("tomllib")
+    makefile = (ROOT / "Makefile").read_text()
+    pins = dict(re.findall(r"^(TORCH|CUDA_TORCH) \?= torch==(.+)$", makefile, re.MULTILINE))
+    page = (ROOT / "docs" / "install.md").read_text()
+    rows = [
+        [cell.strip() for cell in row[1:-1].split("|")]
+        for row in page[page.index("| Python | torch") :].partition("\n\n")[0].splitlines()[2:]
+    ]
+    in_ci = {torch.partition(",")[0] for _, torch, _, what in rows if what.endswith("in CI")}
+    assert in_ci == set(pins.values())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = min(tuple(map(int, row[1].partition(",")[0].split("."))) for row in rows)
+    assert project["dependencies"] == [f"torch>={oldest[0]}.{oldest[1]}"]
+    lowest = min(tuple(map(int, row[0].split("."))) for row in rows)
+    assert project["requires-python"] == f">={lowest[0]}.{lowest[1]}"
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ from typing import Any
 
 import torch
 
-from fused_ema import _safetensors, _tracking
+from fused_ema import _counters, _safetensors, _tracking
 from fused_ema._format_errors import READ, WRITE, FormatError
 from fused_ema.formats import (
     _dcp,
@@ -263,6 +263,14 @@ def _unknown(data: Mapping[str, Any], origin: Source) -> FormatError:
         return FormatError(
             f"{READ}: {shown_path(origin.path)} doesn't have the format '{name}': it has the keys "
             f"{keys}"
+        )
+    counters = [key for key, value in data.items() if _counters.is_state(value)]
+    if counters or _counters.is_state(data):
+        what = f"its '{counters[0]}'" if counters else "it"
+        return FormatError(
+            f"{READ}: {shown_path(origin.path)}: {what} is the state of a manager with into=, and "
+            f"{data[counters[0]][_counters.STATE_KEY] if counters else data[_counters.STATE_KEY]}; "
+            "say where: format='state_dict' with key= or prefix= (--key, --prefix)"
         )
     return FormatError(
         f"{READ}: {shown_path(origin.path)} has no average in a known format: it has the keys "

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -52,9 +53,15 @@ class Param:
     pieces: tuple[Piece, ...]
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> torch.Size:
         """The whole parameter's."""
-        return tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
+        return shape_of(self.tensor)
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """A parameter's whole shape, also where ZeRO-3 has it empty."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
 
 
 class Whole:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 import weakref
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def step(engine: Any, *args: Any, **kwargs: Any) -> Any:
     # A gradient scaler of torch.autocast skips by itself: its scale shrinks then, and only then.
     if engine.was_step_applied() and not _scale_of(engine) < scale:
         for ema in averages:
-            ema._update()
+            ema._on_step()
     return result
 
 
@@ -64,12 +65,14 @@ def _scale_of(engine: Any) -> float:
     return 0.0 if scaler is None else float(scaler.get_scale())
 
 
-def save_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
-    """``engine.save_checkpoint()``, refused while an average is swapped in."""
-    # It would hold the average beside the raw masters, which zero_to_fp32 reads.
-    for ema in averages_of(engine):
-        ema._refuse_if_swapped("engine.save_checkpoint()")
-    return _pass_on(engine, "save_checkpoint", args, kwargs)
+def save_checkpoint(
+    engine: Any, save_dir: Any, tag: object = None, *args: Any, **kwargs: Any
+) -> Any:
+    """``engine.save_checkpoint()``, of the raw weights: refused while an average is swapped in."""
+    with ExitStack() as stack:
+        for ema in averages_of(engine):
+            stack.enter_context(ema._saving(save_dir, tag))
+        return _pass_on(engine, "save_checkpoint", (save_dir, tag, *args), kwargs)
 
 
 def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:

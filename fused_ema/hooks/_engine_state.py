@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fused_ema import _checks, _storage
 from fused_ema._foreach import dtype_name, holds
-from fused_ema.hooks._deepspeed import TITLE, Param, Piece
+from fused_ema.hooks._deepspeed import TITLE, Param, Piece, shape_of
 
 VERSION = 1
 
@@ -109,6 +109,36 @@ def fitting(
             + "\n  ".join(_checks.listed(problems))
         )
     return writes
+
+
+def whole(
+    states: Sequence[Any], params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The averages in some states by name, each put together when it is asked for.
+
+    Args:
+        states: Of all ranks that saved.
+        params: What is trained, by name: of its shapes, that of ZeRO-3's parameters the whole one.
+        buffers: Those of the model, by name.
+
+    Raises:
+        TypeError: Something else than states.
+        ValueError: As fitting(), before the first one.
+    """
+    # Without memory: what fits where is asked as for an engine that holds everything.
+    held, rooms = [], []
+    for i, (name, tensor) in enumerate(params.items()):
+        shape = shape_of(tensor)
+        rooms.append(torch.empty(shape, dtype=torch.float64, device="meta"))
+        held.append(Param((name,), tensor, True, (Piece(i, 0, 0, shape.numel()),)))
+    runs = (values for _, values in fitting(states, held, rooms, buffers))
+    for name, room in zip(params, rooms, strict=True):
+        parts: list[Tensor] = []
+        while sum(map(Tensor.numel, parts)) < room.numel():
+            parts.append(next(runs))
+        if parts:
+            yield name, torch.cat(parts).view(room.shape)
+    yield from zip(buffers, runs, strict=True)
 
 
 def _fill(

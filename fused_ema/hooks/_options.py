@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,3 +35,18 @@ def checked(**options: Any) -> dict[str, Any]:
     _tracking.Buffers.parse(options.get("buffers") or "auto")
     EMAManager(_Smallest(), **{k: v for k, v in options.items() if k not in _OF_THE_MODEL})
     return options
+
+
+def for_engine(title: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of EngineEMA, whose masters are of all that a DeepSpeed engine trains.
+
+    Raises:
+        ValueError: Names are chosen.
+    """
+    for name in ("include", "exclude"):
+        if options[name]:
+            raise ValueError(
+                f"{title}: {name} is set, but with DeepSpeed the average is of all that the "
+                f"engine trains; leave {name} out"
+            )
+    return {k: v for k, v in options.items() if k not in ("skip_frozen", "include", "exclude")}

@@ -31,8 +31,8 @@ class Pairs:
         only_copied: They are never averaged, so their dtypes don't matter.
         converts: Leave to torch the pairs of floating-point dtypes that can't be averaged, and with
             ``mul_add`` 16-bit averages where any pair is of two dtypes: they get the bits of
-            ``torch._foreach_mul_`` and ``_foreach_add_``, and with ``lerp`` those of a param that
-            was converted.
+            ``torch._foreach_mul_`` and ``_foreach_add_``, with ``two_products`` those of three
+            operations of torch, and with ``lerp`` those of a param that was converted.
 
     Attributes:
         dtypes: Of the floating-point pairs: each average's and its param's.
@@ -72,12 +72,23 @@ class Pairs:
                 with torch.inference_mode(False):
                     self._stages[i] = torch.empty_like(b, device=a.device)
         self._plan = self._make_plan()
+        self._narrow: tuple[object, bool] | None = None
         self._marks = _storage.make_marks()
 
     @property
     def are_mixed(self) -> bool:
         """Whether an average has another dtype than its param."""
         return any(a != b for a, b in self.dtypes)
+
+    def are_narrow_on_cpu(self) -> bool:
+        """Whether any average has 16 bits and lies in the host's memory."""
+        # Modules are converted and moved whole, so one tensor tells of it.
+        first = self._all[0][0] if self._all else None
+        state = self._plan._num_refreshes, first is not None and (first.dtype, first.device)
+        if self._narrow is None or self._narrow[0] != state:
+            is_any = any(a.itemsize == 2 and a.device.type == "cpu" for a, _ in self.floats)
+            self._narrow = state, is_any
+        return self._narrow[1]
 
     def _is_torchs(self, place: int) -> bool:
         a, b, _ = self._all[place]
@@ -155,6 +166,9 @@ class Pairs:
             torch._foreach_add_(averaged, live, alpha=momentum)
             return
         for a, b in pairs:  # One at a time, so that no second model is in memory.
+            if form == "two_products":
+                a.copy_((1 - momentum) * a + momentum * b.detach().to(a.device))
+                continue
             ops._update([a], [b.detach().to(a.device, a.dtype)], momentum, form)
 
     def copy(self) -> None:

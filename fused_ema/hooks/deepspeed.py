@@ -55,7 +55,7 @@ class EngineEMA:
         interval: Steps from update to update.
         skip_buffers: Average parameters only.
         momentum_fun: The momentum as a function of the 0-based step.
-        form: ``"lerp"`` or ``"mul_add"``.
+        form: ``"lerp"``, ``"mul_add"`` or ``"two_products"``.
         begin: The first step that averages; before it the average follows by copy.
         ema_dtype: Of averages; None for the masters'.
         device: Of averages; None for the masters'.
@@ -509,8 +509,18 @@ class EngineEMA:
     def _tracked_buffers(self) -> list[_slots.Slot]:
         return [slot for slot in self._manager._tracked.slots if slot.members[0].is_buffer]
 
+    def _on_step(self) -> None:
+        """Called after each step that the engine has applied."""
+        self._update()
+
+    @contextmanager
+    def _saving(self, save_dir: str | os.PathLike[str], tag: object) -> Iterator[None]:
+        """Stands around engine.save_checkpoint()."""
+        # It would hold the average beside the raw masters, which zero_to_fp32 reads.
+        self._refuse_if_swapped("engine.save_checkpoint()")
+        yield
+
     def _update(self) -> None:
-        """After a step of the engine."""
         # Where there is a master a parameter, to ask each takes longer than the update.
         self._refuse_if_away("update", ask_each=not self._held.one_a_param)
         self._manager.update()

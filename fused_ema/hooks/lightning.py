@@ -36,6 +36,8 @@ _callbacks = required(f"{_NAME}.callbacks", "lightning", "lightning or pytorch_l
 _strategies = required(f"{_NAME}.strategies", "lightning", "lightning or pytorch_lightning >= 2.2")
 
 if TYPE_CHECKING:
+    from fused_ema.hooks._lightning_engine import StrategyEMA
+
     _Callback = object
 else:
     _Callback = _callbacks.Callback
@@ -46,6 +48,7 @@ _RAW_KEY = "current_model_state"
 _COUNT_KEY = "averaging_state"
 _OWN_KEY = "fused_ema"
 _MANAGER_KEY = "manager"
+_ENGINE_KEY = "engine"
 _EPOCH_KEY = "latest_update_epoch"
 
 
@@ -77,6 +80,12 @@ class EMA(MakesManager, _Callback):
     part that all processes write and any number of them reads; with
     ``save_distributed_checkpoint=False`` they are gathered into the one file.
 
+    With ``DeepSpeedStrategy`` the average is a :class:`fused_ema.hooks.deepspeed.EngineEMA`: of the
+    engine's masters, after steps that the engine has applied. Each rank saves its part beside the
+    engine's files, which hold the raw weights whatever ``deploy`` is; ``fit(ckpt_path=...)`` goes
+    on from both, and elsewhere the average is loaded. So a checkpoint saved after ``fit`` brings
+    the raw weights back for its time.
+
     The manager is made when ``fit`` starts, once the model is on its device, and is
     the attribute :attr:`manager`.
 
@@ -86,7 +95,7 @@ class EMA(MakesManager, _Callback):
             let through; so are the others below.
         skip_buffers: Average parameters only.
         momentum_fun: The momentum as a function of the 0-based iteration.
-        form: ``"lerp"`` or ``"mul_add"``.
+        form: ``"lerp"``, ``"mul_add"`` or ``"two_products"``.
         begin: The first iteration that averages; before it the average follows by copy.
         ema_dtype: Of averages; None for float32 where the param is narrower.
         device: Of averages; None for each param's.
@@ -101,7 +110,7 @@ class EMA(MakesManager, _Callback):
     Raises:
         TypeError: As EMAManager.
         ValueError: As EMAManager; an unknown ``deploy``. Here, but for patterns and dtypes, which
-            need the model and so come when ``fit`` starts.
+            need the model and so come when ``fit`` starts, as does an engine that isn't served.
 
     Example:
         >>> trainer = Trainer(callbacks=[EMA(momentum=0.001)])  # doctest: +SKIP
@@ -145,7 +154,7 @@ class EMA(MakesManager, _Callback):
             buffers=buffers,
         )
         self._deploy = deploy
-        self._manager: EMAManager | None = None
+        self._manager: EMAManager | StrategyEMA | None = None
         self._pending: Mapping[str, Any] | None = None
         self._pending_of_lightning: tuple[int, dict[str, Tensor]] | None = None
         self._pending_weights: Mapping[str, Any] | None = None
@@ -160,7 +169,7 @@ class EMA(MakesManager, _Callback):
         self._had_gradients = False
 
     @property
-    def manager(self) -> EMAManager | None:
+    def manager(self) -> EMAManager | StrategyEMA | None:
         """The manager of the current or last ``fit``; None before it."""
         return self._manager
 
@@ -180,7 +189,7 @@ class EMA(MakesManager, _Callback):
 
         Raises:
             RuntimeError: Another callback of this trainer averages as well, or its strategy shards
-                the weights in another way than FSDP2 and tensor parallel do.
+                the weights in another way than FSDP2, tensor parallel and DeepSpeed do.
         """
         others = (EMA, getattr(_callbacks, "WeightAveraging", EMA))
         averaging = [callback for callback in trainer.callbacks if isinstance(callback, others)]
@@ -190,12 +199,12 @@ class EMA(MakesManager, _Callback):
                 f"{[type(callback).__name__ for callback in averaging]}; keep one, and a "
                 "fused_ema.EMAManager for each further average"
             )
-        if trainer.strategy.restore_checkpoint_after_setup and not _is_sharded(trainer):
+        is_served = _is_sharded(trainer) or _has_engine(trainer)
+        if trainer.strategy.restore_checkpoint_after_setup and not is_served:
             raise RuntimeError(
                 f"{_TITLE}: the strategy is {type(trainer.strategy).__name__}, which shards the "
                 "weights or their optimizer; that isn't supported, choose ModelParallelStrategy "
-                "(FSDP2), 'ddp' or a single device (of a DeepSpeed engine: "
-                "fused_ema.hooks.deepspeed.EngineEMA averages it)"
+                "(FSDP2), DeepSpeedStrategy, 'ddp' or a single device"
             )
         self._pending_weights = None
         if stage == "fit":
@@ -205,6 +214,12 @@ class EMA(MakesManager, _Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Makes the manager; the model is on its device, and holds the weights to go on with."""
+        if _has_engine(trainer):
+            from fused_ema.hooks import _lightning_engine
+
+            options = _options.for_engine(_TITLE, self._options)
+            self._manager = _lightning_engine.StrategyEMA(trainer.strategy.model, **options)
+            return
         self._load_pending_weights(trainer, pl_module)
         manager = EMAManager(pl_module, **self._options)
         if self._pending is not None:
@@ -231,14 +246,17 @@ class EMA(MakesManager, _Callback):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Updates where an optimizer has made a step."""
+        manager = self._made()
         has_stepped = trainer.global_step > self._latest_step
-        if has_stepped and self._asks_optimizers:
+        if not isinstance(manager, EMAManager):
+            has_stepped = manager.take_step()
+        elif has_stepped and self._asks_optimizers:
             is_empty = pl_module.automatic_optimization and not outputs
             has_stepped = self._has_stepped and (self._had_gradients or not is_empty)
         self._latest_step = trainer.global_step
         self._has_stepped = self._had_gradients = False
         if has_stepped and self.should_update(step_idx=trainer.global_step - 1):
-            self._made().update()
+            manager.update()
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Updates where :meth:`should_update` wants it at the end of an epoch."""
@@ -252,6 +270,9 @@ class EMA(MakesManager, _Callback):
         if self._deploy == "raw":
             return
         manager = self._made()
+        if not isinstance(manager, EMAManager):
+            manager.swap()
+            return
         tracked = dict(manager.named_emas())
         live = {m.name: m.tensor for m in _tracking.read(pl_module).members if m.name in tracked}
         # For checkpoints that are saved later. Not on the device: it may have no room for them.
@@ -312,6 +333,10 @@ class EMA(MakesManager, _Callback):
         manager = self._manager_of(pl_module)
         if manager is None:
             return
+        if not isinstance(manager, EMAManager):
+            # It is saved with the engine, by each rank.
+            checkpoint[_OWN_KEY] = {_ENGINE_KEY: True, _EPOCH_KEY: self._latest_epoch}
+            return
         saved = manager.state_dict()
         is_gathered = _is_sharded(trainer) and not trainer.strategy._save_distributed_checkpoint
         if self._raw is not None:
@@ -361,6 +386,10 @@ class EMA(MakesManager, _Callback):
                 is an error of :meth:`fused_ema.EMAManager.load_state_dict` when ``fit`` starts.
         """
         own = checkpoint.get(_OWN_KEY)
+        is_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
+        if _has_engine(trainer):
+            self._load_engine(trainer, pl_module, own, is_fit)
+            return
         if own is not None and not (
             isinstance(own, Mapping) and isinstance(own.get(_MANAGER_KEY), Mapping)
         ):
@@ -369,7 +398,6 @@ class EMA(MakesManager, _Callback):
                 "saved by this callback, or was cut since"
             )
         strict = pl_module.strict_loading
-        is_fit = getattr(trainer.state.fn, "value", trainer.state.fn) == "fit"
         if _is_sharded(trainer):
             self._load_sharded(trainer, pl_module, checkpoint, is_fit)
             return
@@ -427,7 +455,9 @@ class EMA(MakesManager, _Callback):
                 _put(live, _by_key(saved[state.EMA_KEY], pl_module))
             return
         if is_folder:
-            emas = dict(self._made().named_emas())
+            manager = self._made()
+            assert isinstance(manager, EMAManager)
+            emas = dict(manager.named_emas())
             averages = _by_key(emas, pl_module)
             if is_deployed:
                 targets = averages | {f"{_RAW_KEY}.{key}": live[key] for key in averages}
@@ -440,9 +470,33 @@ class EMA(MakesManager, _Callback):
         self._made().load_state_dict(saved)
         self._latest_epoch = own.get(_EPOCH_KEY, -1)
 
+    def _load_engine(self, trainer: Any, pl_module: nn.Module, own: object, is_fit: bool) -> None:
+        """The same where an engine has loaded it; in ``fit`` the manager is there already."""
+        from fused_ema.hooks import _lightning_engine
+
+        path = trainer.strategy.broadcast(trainer.ckpt_path)
+        if not is_fit:
+            self._release()
+        if own is None:
+            if is_fit:
+                _warn_of_no_average()
+                self._made().reset()
+        elif not isinstance(own, Mapping) or _ENGINE_KEY not in own:
+            raise ValueError(
+                f"{_TITLE}: {path!r} wasn't saved with DeepSpeedStrategy, so it has no masters to "
+                "go on with and its average is of other tensors; use the strategy that saved it"
+            )
+        elif not is_fit:
+            _lightning_engine.load_into(pl_module, path)
+        else:
+            manager = self._made()
+            assert not isinstance(manager, EMAManager)
+            manager.load(path)
+            self._latest_epoch = own.get(_EPOCH_KEY, -1)
+
     # ---- how it is kept
 
-    def _made(self) -> EMAManager:
+    def _made(self) -> EMAManager | StrategyEMA:
         if self._manager is None:
             raise RuntimeError(f"{_TITLE}: there is no average yet; it is made when fit starts")
         return self._manager
@@ -478,13 +532,18 @@ class EMA(MakesManager, _Callback):
             handle.remove()
         self._handles = []
 
-    def _manager_of(self, pl_module: nn.Module) -> EMAManager | None:
-        is_its = self._manager is not None and self._manager._model is pl_module
-        return self._manager if is_its else None
+    def _manager_of(self, pl_module: nn.Module) -> EMAManager | StrategyEMA | None:
+        manager = self._manager
+        if manager is None:
+            return None
+        model = manager._model if isinstance(manager, EMAManager) else manager._engine.module
+        return manager if model is pl_module else None
 
-    def _swap_in(self, pl_module: nn.Module) -> None:
+    def _swap_in(self, pl_module: Any) -> None:
         manager = self._manager_of(pl_module)
         if manager is not None and self._raw is None and not manager.is_swapped:
+            if not isinstance(manager, EMAManager):
+                manager.refuse_unless_of(pl_module.trainer.strategy.model)
             self._swapped_here = True  # First: Ctrl-C may come right after the swap.
             manager.swap()
 
@@ -496,8 +555,10 @@ class EMA(MakesManager, _Callback):
 
     def _release(self) -> None:
         """Lets go of the average; the model keeps the weights it holds."""
-        if self._manager is not None:
+        if isinstance(self._manager, EMAManager):
             self._manager._set_swapped(False)
+        elif self._manager is not None:
+            self._manager.let_go()
         self._manager = self._raw = None
         self._swapped_here = False
 
@@ -565,6 +626,10 @@ def _warn_of_no_average() -> None:
 
 def _is_sharded(trainer: Any) -> bool:
     return isinstance(trainer.strategy, getattr(_strategies, "ModelParallelStrategy", ()))
+
+
+def _has_engine(trainer: Any) -> bool:
+    return isinstance(trainer.strategy, getattr(_strategies, "DeepSpeedStrategy", ()))
 
 
 def _gathered(named: Mapping[str, Tensor], is_kept: bool) -> dict[str, Tensor]:

@@ -322,14 +322,7 @@ class EMACallback(MakesManager, _Callback):
             return EMAManager(trainer.model, **self._options)
         from fused_ema.hooks.deepspeed import EngineEMA
 
-        options = dict(self._options)
-        del options["skip_frozen"]  # An engine's masters are those of what it trains.
-        for name in ("include", "exclude"):
-            if options.pop(name):
-                raise ValueError(
-                    f"{_TITLE}: {name} is set, but with DeepSpeed the average is of all that the "
-                    f"engine trains; leave {name} out"
-                )
+        options = _options.for_engine(_TITLE, self._options)
         return EngineEMA(trainer.model_wrapped, **options)
 
     def _made(self) -> EMAManager | EngineEMA:

@@ -83,7 +83,8 @@ class Net(nn.Module):
     def forward(self, x):
         x = self.norm(self.first(x))
         if self.training:
-            self.running_mean = torch.lerp(self.running_mean, x.detach().float().mean(0), 0.5)
+            seen = x.detach().to(self.running_mean.dtype)
+            self.running_mean = torch.lerp(self.running_mean, seen.mean(0), 0.5)
             self.count += 1
         x = self.tied(self.last((x - self.running_mean).to(x.dtype)).relu())
         return x * self.scale + self.frozen.sum()
@@ -181,7 +182,7 @@ def averages_of(manager):
 def assert_bits(found, wanted):
     for name, values in wanted.items():
         assert found[name].dtype == values.dtype, name
-        assert_bits_equal(found[name], values)
+        assert_bits_equal(found[name], values, name)
 
 
 def raw_of(engine):
@@ -216,7 +217,7 @@ class _OnRanks:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")  # Asked for, not used.
         get_accelerator().is_fp16_supported = lambda: True  # Torch's CPU kernels do it.
         get_accelerator().supported_dtypes = lambda: [torch.float32, torch.half, torch.bfloat16]
-        globals()[self.name](*args)
+        getattr(importlib.import_module(self.module), self.name)(*args)
 
 
 # ---- what it averages and what a swap writes
