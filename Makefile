@@ -23,6 +23,7 @@ else
   TOOLS := $(VENV)/bin/
   READY := $(VENV)/.ready
   LINT_READY := $(VENV)/.lint-ready
+  DOCS_READY := $(VENV)/.docs-ready
 endif
 # Of whichever Python a target names.
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
@@ -30,7 +31,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 EXTRA = $(PY) -c 'import sys, tomllib; all = tomllib.load(open("pyproject.toml", "rb")); lists = all["project"]["optional-dependencies"] | all["dependency-groups"]; print(*(name for wanted in sys.argv[1:] for name in lists[wanted]), sep="\n")'
 CXX_FILES = find csrc bench tests/host tests/sanitize tests/pretend -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: bench test test-frameworks sanitize gpu-sanitize pretend-gpu build lint format clean
+.PHONY: bench test test-frameworks sanitize gpu-sanitize pretend-gpu build wheel docs lint format clean
 
 bench: build
 	mkdir -p $(OUT)
@@ -62,11 +63,23 @@ pretend-gpu: $(PRETEND_READY)
 build: $(READY)
 	FUSED_EMA_BUILD=require $(PY) setup.py --quiet build_ext --inplace
 
+# dist/*.whl, with the kernels in it, and seen to work where it is installed.
+wheel: $(READY)
+	rm -f dist/*.whl
+	FUSED_EMA_BUILD=require $(PY) -m pip --quiet wheel . --no-deps --no-build-isolation --wheel-dir dist
+	$(PY) tests/installed.py dist/*.whl
+
+# The site, in build/docs; and every code block of it is run.
+docs: build $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	$(PY) -m pytest --quiet tests/test_docs.py
+
 lint: $(READY) $(LINT_READY)
 	$(TOOLS)ruff check .
 	$(TOOLS)ruff format --check .
 	$(CXX_FILES) | xargs $(TOOLS)clang-format --dry-run --Werror
 	$(PY) -m mypy
+	$(PY) -m mypy tests/user_program.py
 
 format: $(READY) $(LINT_READY)
 	$(TOOLS)ruff check --fix-only .
@@ -74,7 +87,7 @@ format: $(READY) $(LINT_READY)
 	$(CXX_FILES) | xargs $(TOOLS)clang-format -i
 
 clean:
-	rm -rf build bench/out fused_ema/*.so fused_ema/_build_info.json
+	rm -rf build dist bench/out fused_ema/*.so fused_ema/_build_info.json
 
 # torch first and pinned, so that no other requirement picks another build of it.
 $(VENV)/.ready: pyproject.toml
@@ -102,4 +115,8 @@ $(CUDA_VENV)/.ready: pyproject.toml
 
 $(VENV)/.lint-ready: $(VENV)/.ready
 	$(EXTRA) lint | xargs -d '\n' $(PIP)
+	touch $@
+
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(EXTRA) docs | xargs -d '\n' $(PIP)
 	touch $@

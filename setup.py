@@ -165,10 +165,11 @@ def ninja_file(objects: Path, target: Path, cuda: Path | None) -> NinjaFile:
             defined = f"-DFUSED_EMA_ISA={isa} {flags}"
             compile_to(f"cpu_{isa}_{name[:-4]}", "cxx", CSRC / "cpu" / name, defined)
 
-    libraries = [
-        f"-L{shlex.quote(path)} -Wl,-rpath,{shlex.quote(path)}" for path in library_paths()
-    ]
+    libraries = [f"-L{shlex.quote(path)}" for path in library_paths()]
     libraries += ["-lc10", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
+    # Where torch lies beside the package, wherever a wheel is installed; importing fused_ema has
+    # loaded it before in any case. Ninja reads $$ as $.
+    libraries.append("-Wl,-rpath,'$$ORIGIN/../torch/lib'")
     if cuda is not None:
         archs = [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
         archs.append(f"-gencode arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import cases, providers, report, timer
+from bench import cases, picture, providers, report, timer
 from bench.cases import Case
 from bench.providers import OPS, Call, Lists, Op, Provider
 from fused_ema.__main__ import number
@@ -472,7 +472,7 @@ def ops_main(argv: Sequence[str]) -> int:
         content = {"left_out": list(outcome.left_out), "records": outcome.records}
         report.write_json(args.json, facts, content)
     if args.plot:
-        report.plot(outcome.records, args.plot)
+        picture.plot(outcome.records, args.plot)
     report.warn_of_others(facts)
     return report.print_failures(outcome.failures)
 

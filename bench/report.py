@@ -21,7 +21,7 @@ import torch
 
 import fused_ema
 from bench.cases import Case
-from bench.providers import LIMITS, ONE_THREAD, OWN_COPY, PLAN, Provider
+from bench.providers import LIMITS, ONE_THREAD, PLAN, Provider
 from bench.timer import Timing
 
 Record = dict[str, Any]
@@ -31,7 +31,6 @@ COLORS = {"kernel": "#0b5fa5", "foreach": "#8fb3d3", "naive": "#d3d9df"}
 # A thread that waits for its core holds up all others at the end of each op, and a loop has an op
 # a tensor. With one busy program on two cores foreach was seen 20 to 60 times slower.
 _OTHERS_SHARE = 0.05
-_PLOTTED_PAIRS = ("float32/float32", "float32/bfloat16")
 
 # ---- options
 
@@ -363,7 +362,7 @@ def tables(records: Iterable[Record]) -> list[Table]:
     """One table for each case, op, dtype pair, cache state, pause and load."""
     headers = ("provider", "ms", "p10 - p90", "GB/s", "of copy", "plan is faster", "host us")
     result = []
-    for group in _groups(records):
+    for group in groups(records):
         plan = next((r["ms"] for r in group if r["provider"] == PLAN), None)
         rows = tuple(
             (
@@ -400,13 +399,13 @@ def summary(records: Iterable[Record]) -> Table:
         "best torch",
     )
     rows = []
-    for group in _groups(records):
+    for group in groups(records):
         plan = next((r for r in group if r["provider"] == PLAN), None)
         if plan is None:
             continue
-        naive, foreach = (_fastest(group, "family", family) for family in ("naive", "foreach"))
-        one = _fastest(group, "provider", ONE_THREAD)
-        best = _fastest(group, "kind", "torch")
+        naive, foreach = (fastest(group, "family", family) for family in ("naive", "foreach"))
+        one = fastest(group, "provider", ONE_THREAD)
+        best = fastest(group, "kind", "torch")
         rows.append(
             (
                 plan["case"] + (" *" if plan["note"] else ""),
@@ -461,18 +460,22 @@ def plain(table: Table) -> str:
 def headline(records: Sequence[Record]) -> str:
     """The plan's times among these records, and how much faster it is than the best torch way."""
     parts = []
-    for group in _groups(records):
+    for group in groups(records):
         plan = next((r for r in group if r["provider"] == PLAN), None)
-        best = _fastest(group, "kind", "torch")
+        best = fastest(group, "kind", "torch")
         if plan is not None:
             faster = f", {best['ms'] / plan['ms']:.2f}x {best['provider']}" if best else ""
             parts.append(f"{_when(plan)} {_digits(plan['ms'])} ms{faster};")
     return " ".join(parts)
 
 
-def _groups(records: Iterable[Record]) -> list[list[Record]]:
+def groups(records: Iterable[Record]) -> list[list[Record]]:
+    """Records of one list, op, dtype pair, cache state, pause and load, as they follow."""
+
     def key(r: Record) -> tuple[object, ...]:
-        return r["case"], r["op"], pair_of(r), r["cache"], r["pause_ms"], r["load"]
+        # Records of before there were pauses and loads have neither.
+        since = r.get("pause_ms", 0), r.get("load", "none")
+        return r["case"], r["op"], pair_of(r), r["cache"], *since
 
     return [list(group) for _, group in groupby(records, key)]
 
@@ -488,129 +491,31 @@ def _title(r: Record) -> str:
     # Which foreach it is decides how many launches it needs.
     foreach = f", foreach with {r['foreach_arguments']}" if r["foreach_arguments"] else ""
     where = f"{r['case']} {r['op']} {pair_of(r)} {_when(r)}{foreach}"
-    return f"{where} - {r['title']}{note}: {_size(r)} elements"
+    return f"{where} - {r['title']}{note}: {size(r)} elements"
 
 
-def _size(r: Record) -> str:
+def size(r: Record) -> str:
+    """Of a list, in words."""
     plural = "s" if r["num_tensors"] != 1 else ""
-    return f"{r['num_tensors']:,} tensor{plural}, {r['num_elements'] / 1e6:,.3g} M"
+    millions = float(f"{r['num_elements'] / 1e6:.3g}")  # Three digits, never as 1.07e+03.
+    return f"{r['num_tensors']:,} tensor{plural}, {millions:,g} M"
 
 
 def _digits(value: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def _fastest(group: Sequence[Record], field: str, value: str) -> Record | None:
+def fastest(group: Sequence[Record], field: str, value: str) -> Record | None:
+    """The fastest record whose field has that value."""
     return min((r for r in group if r[field] == value), key=lambda r: float(r["ms"]), default=None)
 
 
-# ---- plot
+# ---- plots: what all of them share
 
 
 def why_no_plot() -> str:
     """Why no plot can be drawn; empty if it can."""
     return "" if find("matplotlib") else "needs matplotlib: pip install matplotlib"
-
-
-def plot(records: Sequence[Record], path: Path) -> list[Path]:
-    """Draws how fast updates are in GB/s, as `path`.png and `path`.svg.
-
-    For each case a bar for the kernel, the fastest foreach and the fastest naive loop, and a mark
-    where a plain copy of the same memory ends. The number is the speed-up over the naive loop.
-    """
-    plt = pyplot()
-    panels = _panels(records)
-    num_rows = max(map(len, panels.values()), default=1)
-    figure, axes = plt.subplots(
-        1,
-        max(1, len(panels)),
-        figsize=(6.2 * max(1, len(panels)), 1.3 + 0.62 * num_rows),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, (pair, groups) in zip(axes[0], panels.items(), strict=False):
-        _draw(axis, pair, groups)
-        axis.set_ylim(num_rows - 0.5, -0.5)  # Bars of one thickness in both panels.
-    if panels:
-        first = next(iter(panels.values()))[0][0]
-        threads = "" if first["device"] == "cuda" else f", {first['num_threads']} threads"
-        figure.suptitle(
-            f"EMA update on {first['device_name']}{threads}, torch {first['torch_version']}",
-            fontsize=11,
-            fontweight="bold",
-        )
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    return save(figure, path)
-
-
-def _panels(records: Sequence[Record]) -> dict[str, list[list[Record]]]:
-    """By dtype pair, the groups of records to draw, each case once: cold where there is cold."""
-    panels: dict[str, dict[str, list[Record]]] = {}
-    for group in _groups(records):
-        first = group[0]
-        if first["op"] == "update" and any(r["provider"] == PLAN for r in group):
-            panels.setdefault(pair_of(first), {}).setdefault(first["case"], group)
-    chosen = [pair for pair in _PLOTTED_PAIRS if pair in panels] or list(panels)[:2]
-    return {pair: list(panels[pair].values()) for pair in chosen}
-
-
-def _draw(axis: Any, pair: str, groups: Sequence[Sequence[Record]]) -> None:
-    ema, param = pair.split("/")
-    bar = 0.26
-    for y, group in enumerate(groups):
-        plan = next(r for r in group if r["provider"] == PLAN)
-        bars = {
-            "kernel": plan,
-            "foreach": _fastest(group, "family", "foreach"),
-            "naive": _fastest(group, "family", "naive"),
-        }
-        for i, (name, record) in enumerate(bars.items()):
-            if record is None:
-                continue
-            at = y + (i - 1) * bar
-            arguments = record["foreach_arguments"]
-            foreach = "torch._foreach" + (f" ({arguments} of arguments)" if arguments else "")
-            label = {"kernel": "fused_ema", "foreach": foreach}.get(name, "naive loop")
-            axis.barh(
-                at,
-                record["gb_per_s"],
-                height=bar * 0.92,
-                color=COLORS[name],
-                label=label if y == 0 else None,
-            )
-        copy = next((r["gb_per_s"] for r in group if r["provider"] == OWN_COPY), 0.0)
-        if copy:
-            axis.plot(
-                [copy, copy],
-                [y - 1.6 * bar, y + 1.6 * bar],
-                color="#222222",
-                linewidth=1.4,
-                label="plain copy" if y == 0 else None,
-            )
-        naive = bars["naive"]
-        if naive:
-            axis.annotate(
-                f"{naive['ms'] / plan['ms']:.1f}x",
-                (max(plan["gb_per_s"], copy), y - bar),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                fontweight="bold",
-                color=COLORS["kernel"],
-            )
-    axis.set_yticks(range(len(groups)), [_row_label(group[0]) for group in groups], fontsize=8.5)
-    axis.margins(x=0.14)
-    axis.set_xlim(left=0)
-    axis.set_title(f"ema {ema}, params {param}", fontsize=10, loc="left")
-    axis.set_xlabel("GB/s (number: speed-up over the naive loop)", fontsize=9)
-    style(axis, "x")
-
-
-def _row_label(r: Record) -> str:
-    scaled = f", {r['note'].partition(',')[0]}" if r["note"] else ""
-    return f"{r['title']}{scaled}\n{_size(r)}"
 
 
 def pyplot() -> Any:

@@ -405,7 +405,9 @@ void check_momentum(const char* op, double momentum) {
 Form parse_form(const char* op, const std::string& form) {
   if (form == "lerp") return Form::kLerp;
   if (form == "mul_add") return Form::kMulAdd;
-  TORCH_CHECK_VALUE(false, "fused_ema.", op, ": form is '", form, "'; choose 'lerp' or 'mul_add'");
+  if (form == "two_products") return Form::kTwoProducts;
+  TORCH_CHECK_VALUE(false, "fused_ema.", op, ": form is '", form,
+                    "'; choose 'lerp', 'mul_add' or 'two_products'");
 }
 
 }  // namespace fused_ema

@@ -1,4 +1,4 @@
-// The arithmetic, once, for host and device: dtype conversions, coefficients and the two forms.
+// The arithmetic, once, for host and device: dtype conversions, coefficients and the three forms.
 #pragma once
 
 #include <cstdint>
@@ -132,7 +132,7 @@ struct Converted<T, T> {
 
 // ---- Coefficients of one update.
 
-enum class Form : uint8_t { kLerp, kMulAdd };
+enum class Form : uint8_t { kLerp, kMulAdd, kTwoProducts };
 
 // How mul_add rounds alpha = m when the ema is bf16 or fp16. Torch rounds it to the tensor's dtype
 // on the CPU (measured, torch 2.13) and keeps it in fp32 on CUDA (torchgen's ufunc functors).
@@ -140,8 +140,8 @@ enum class AlphaRounding : uint8_t { kToEmaDtype, kNone };
 
 template <typename C>
 struct Coefficients {
-  C momentum;       // mul_add: alpha
-  C decay;          // mul_add: 1 - m, formed in double
+  C momentum;       // mul_add: alpha; two_products: m
+  C decay;          // both: 1 - m, formed in double
   C weight;         // lerp: m, or -(1 - m) where the formula starts from the param
   bool from_param;  // lerp: m >= 0.5
 };
@@ -163,12 +163,19 @@ FUSED_EMA_INLINE Coefficients<Compute<EmaT>> coefficients(double momentum, Alpha
   return c;
 }
 
-// ---- The two forms. V is a scalar, or a vector type of csrc/cpu/simd.h with the same operators.
+// ---- The three forms. V is a scalar, or a vector type of csrc/cpu/simd.h with the same operators.
 
 #if defined(__CUDA_ARCH__)
 FUSED_EMA_INLINE float fma(float x, float y, float z) { return __fmaf_rn(x, y, z); }
 FUSED_EMA_INLINE double fma(double x, double y, double z) { return __fma_rn(x, y, z); }
+// A product that nvcc makes no FMA of; g++ is told so by -ffp-contract=off.
+FUSED_EMA_INLINE float product(float x, float y) { return __fmul_rn(x, y); }
+FUSED_EMA_INLINE double product(double x, double y) { return __dmul_rn(x, y); }
 #else
+template <typename V>
+FUSED_EMA_INLINE V product(V x, V y) {
+  return x * y;
+}
 FUSED_EMA_INLINE float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 FUSED_EMA_INLINE double fma(double x, double y, double z) { return __builtin_fma(x, y, z); }
 #endif
@@ -188,6 +195,14 @@ FUSED_EMA_INLINE V lerp(V ema, V param, const Coefficients<C>& c) {
 template <typename V, typename C, typename RoundToEma>
 FUSED_EMA_INLINE V mul_add(V ema, V param, const Coefficients<C>& c, RoundToEma round_to_ema) {
   return fma(V(c.momentum), param, round_to_ema(ema * V(c.decay)));
+}
+
+// (1 - m) * ema + m * p in three operations of torch: each product rounded to its own tensor's
+// dtype, then the sum. The same in torch's vectors and tails, on the CPU and on CUDA.
+template <typename V, typename C, typename RoundToEma, typename RoundToParam>
+FUSED_EMA_INLINE V two_products(V ema, V param, const Coefficients<C>& c, RoundToEma round_to_ema,
+                                RoundToParam round_to_param) {
+  return round_to_ema(product(ema, V(c.decay))) + round_to_param(product(param, V(c.momentum)));
 }
 
 // What torch's CPU loop does instead for a bf16 or fp16 ema, in the elements that it takes one at a

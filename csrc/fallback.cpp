@@ -43,6 +43,12 @@ bool is_lazy_view(const at::Tensor& a, const at::Tensor& b) {
   return a.is_neg() || b.is_neg() || a.is_conj() || b.is_conj();
 }
 
+at::Tensor as_number(double value) {
+  at::Tensor number = at::scalar_tensor(value, at::kDouble);
+  number.unsafeGetTensorImpl()->set_wrapped_number(true);
+  return number;
+}
+
 }  // namespace
 
 Temporaries::Device Temporaries::device_of(const at::Tensor& tensor) {
@@ -67,12 +73,16 @@ Temporaries Temporaries::for_update(const Tensors& ema, const Tensors& params, d
   Sizes bytes;
   for (size_t i = 0; i < ema.size(); ++i) {
     const at::ScalarType dtype = ema[i].scalar_type();
-    if (params[i].scalar_type() != dtype) reserve(bytes, params[i], dtype);
+    if (form == Form::kTwoProducts) {
+      reserve(bytes, params[i], params[i].scalar_type());
+    } else if (params[i].scalar_type() != dtype) {
+      reserve(bytes, params[i], dtype);
+    }
   }
   Temporaries temporaries(bytes);
-  if (form == Form::kMulAdd && !ema.empty()) {
-    temporaries.decay = at::scalar_tensor(1.0 - momentum, at::kDouble);
-    temporaries.decay.unsafeGetTensorImpl()->set_wrapped_number(true);
+  if (form != Form::kLerp && !ema.empty()) {
+    temporaries.decay = as_number(1.0 - momentum);
+    temporaries.momentum = as_number(momentum);
   }
   return temporaries;
 }
@@ -106,6 +116,9 @@ void update(const Tensors& ema, const Tensors& params, double momentum,
       update_by_tensor(e, p, *device_momentum, form);
     } else if (form == Form::kLerp && (e.scalar_type() != p.scalar_type() || is_lazy_view(e, p))) {
       e.lerp_(same_dtype(), momentum);
+    } else if (form == Form::kTwoProducts) {
+      const at::Tensor added = temporaries.copy_of(p, p.scalar_type()).mul_(temporaries.momentum);
+      e.mul_(temporaries.decay).add_(added);
     } else if (form == Form::kMulAdd && (e.is_cpu() || is_lazy_view(e, p))) {
       e.mul_(temporaries.decay).add_(same_dtype(), momentum);
     } else {

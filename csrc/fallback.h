@@ -19,9 +19,11 @@ class Temporaries {
   // A copy in that dtype, good until the next one is asked for.
   at::Tensor copy_of(const at::Tensor& tensor, at::ScalarType dtype);
 
-  // 1 - m for mul_add. On the CPU a C++ or foreach scalar is rounded to a bf16 or fp16 ema's dtype.
-  // The number that Python's mul_ takes isn't: it is a 0-dim double that promotes nothing.
+  // 1 - m and m for products. On the CPU a C++ or foreach scalar is rounded to a bf16 or fp16
+  // tensor's dtype. The number that Python's mul_ takes isn't: it is a 0-dim double that promotes
+  // nothing.
   at::Tensor decay;
+  at::Tensor momentum;
 
  private:
   using Device = std::pair<at::DeviceType, at::DeviceIndex>;

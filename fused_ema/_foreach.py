@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-FORMS = ("lerp", "mul_add")
+FORMS = ("lerp", "mul_add", "two_products")
 
 # (ema, param), as csrc/dtype_pairs.h lists them.
 DTYPE_PAIRS: tuple[tuple[torch.dtype, torch.dtype], ...] = (
@@ -223,7 +223,8 @@ def check_momentum(op: str, momentum: float | Tensor) -> float | Tensor:
 def check_form(op: str, form: str) -> None:
     """Raises ValueError unless ``form`` is one of FORMS."""
     if form not in FORMS:
-        raise ValueError(f"fused_ema.{op}: form is '{form}'; choose 'lerp' or 'mul_add'")
+        listed = "'lerp', 'mul_add' or 'two_products'"
+        raise ValueError(f"fused_ema.{op}: form is '{form}'; choose {listed}")
 
 
 class _Temporaries:
@@ -257,12 +258,19 @@ def update(
     ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float | Tensor, form: str
 ) -> None:
     """``ema = (1 - m) * ema + m * param``, on checked lists."""
-    mixed = [(p, e.dtype) for e, p in zip(ema, params, strict=True) if e.dtype != p.dtype]
-    temporaries = _Temporaries(mixed)
+    two_products = form == "two_products"
+    temporaries = _Temporaries(
+        (p, p.dtype if two_products else e.dtype)
+        for e, p in zip(ema, params, strict=True)
+        if two_products or e.dtype != p.dtype
+    )
     for emas, parts in _by_device_and_dtype(ema, params):
         is_lazy = any(_is_lazy_view(t) for t in (*emas, *parts))
         if isinstance(momentum, Tensor):
             _update_by_tensor(emas, parts, momentum, form)
+        elif two_products:
+            for e, p in zip(emas, parts, strict=True):
+                e.mul_(1.0 - momentum).add_(temporaries.copy_of(p, p.dtype).mul_(momentum))
         elif form == "mul_add" and (is_lazy or emas[0].device.type == "cpu"):
             # On the CPU foreach rounds 1 - m to a bf16 or fp16 ema's dtype, which mul_ doesn't.
             for e, p in zip(emas, parts, strict=True):

@@ -78,8 +78,9 @@ class EMAManager:
         skip_buffers: Track parameters only.
         momentum_fun: The momentum as a function of the 0-based iteration, in [0, 1], instead of
             the constant: one of :mod:`fused_ema.schedules` or your own.
-        form: ``"lerp"``, or ``"mul_add"`` for the bits of ``ema.mul_(1 - m).add_(param, alpha=m)``;
-            see :func:`fused_ema.update_`.
+        form: ``"lerp"``, ``"mul_add"`` for the bits of ``ema.mul_(1 - m).add_(param, alpha=m)``, or
+            ``"two_products"`` for those of ``(1 - m) * ema + m * param``; see
+            :func:`fused_ema.update_`.
         begin: The first iteration that averages. Before it the ema follows by copy, integer
             buffers too, at every iteration whatever the interval.
         ema_dtype: Of averaged tensors: a dtype, ``"param"`` for each param's own, or None for

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_ema import _caches, _checks, _foreach, _native
 
-Form = Literal["lerp", "mul_add"]
+Form = Literal["lerp", "mul_add", "two_products"]
 
 
 def update_(
@@ -37,6 +37,8 @@ def update_(
             (1 - m) * (param - ema)``), bit for bit what ``ema.lerp_(param, m)`` gives.
             ``"mul_add"`` computes ``ema * (1 - m)``, rounded to the ema's dtype, and adds ``m *
             param`` with one FMA: bit for bit ``ema.mul_(1 - m).add_(param, alpha=m)``.
+            ``"two_products"`` rounds each product to its own tensor's dtype and then their sum: bit
+            for bit ``(1 - m) * ema + m * param``, the formula as it is mostly written.
 
     Raises:
         TypeError: Not lists of tensors, a dtype pair that is not supported, a sparse tensor.

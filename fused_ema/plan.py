@@ -78,7 +78,7 @@ class Plan:
         Args:
             momentum: The weight of the new value, in [0, 1]; or a 0-dim float64 tensor on the
                 lists' device, which is read when the kernel runs.
-            form: ``"lerp"`` or ``"mul_add"``.
+            form: ``"lerp"``, ``"mul_add"`` or ``"two_products"``.
 
         Raises:
             TypeError: The momentum is neither a number nor such a tensor.

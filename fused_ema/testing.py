@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name
+from fused_ema.ops import Form
 
 __all__ = [
     "DTYPE_PAIRS",
@@ -47,18 +48,24 @@ def reference_update(ema: Tensor, param: Tensor, momentum: float) -> Tensor:
     return (1.0 - momentum) * ema.double() + momentum * param.double()
 
 
-def update_tolerance(ema: Tensor, param: Tensor, momentum: float) -> Tensor:
+def update_tolerance(ema: Tensor, param: Tensor, momentum: float, form: Form = "lerp") -> Tensor:
     """The largest error that rounding explains, elementwise, in float64.
 
     One rounding of the result in the ema's dtype, and up to three of intermediate values in the
-    arithmetic's dtype (for ``mul_add`` in a narrow dtype: in the ema's); each relative to the
-    largest term. Subnormal results add half of the smallest step.
+    arithmetic's dtype (for ``mul_add`` in a narrow dtype: in the ema's; for ``two_products`` in
+    the tensors' own); each relative to the largest term. Subnormal results add half of the smallest
+    step.
     """
     step = ROUNDINGS[ema.dtype]
     size = ema.double().abs() + param.double().abs()
     smallest = torch.finfo(ema.dtype).smallest_normal * torch.finfo(ema.dtype).eps
     # alpha = m itself is rounded to a narrow ema's dtype by mul_add: one more rounding of m * p.
-    return size * step * 4 + smallest * 2 + momentum * param.double().abs() * step
+    rounded_to = ema.dtype
+    if form == "two_products":
+        rounded_to = param.dtype
+        smallest += torch.finfo(param.dtype).smallest_normal * torch.finfo(param.dtype).eps
+    added = momentum * param.double().abs() * ROUNDINGS[rounded_to]
+    return size * step * 4 + smallest * 2 + added
 
 
 def bits_of(tensor: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ def torch_update_(ema, param, momentum, form):
     """The loop that fused_ema replaces, with the casts that torch needs."""
     if form == "mul_add":
         return ema.mul_(1 - momentum).add_(param, alpha=momentum)
+    if form == "two_products":
+        return ema.copy_((1 - momentum) * ema + momentum * param)
     return ema.lerp_(param.to(ema.dtype), momentum)
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import __main__ as cli
-from bench import cases, providers, report, timer
+from bench import cases, picture, providers, report, timer
 from bench.providers import DTYPE_PAIRS, PROVIDERS, Lists, Provider
 
 ROOT = Path(__file__).parent.parent
@@ -598,8 +598,8 @@ def test_foreach_arguments(torch_version, cuda, expected, monkeypatch):
 def test_plot_is_written_and_the_same_every_time(whole_run, tmp_path):
     pytest.importorskip("matplotlib")
     records = whole_run[1]["records"]
-    first = report.plot(records, tmp_path / "a.b" / "bench")
-    again = report.plot(records, tmp_path / "again")
+    first = picture.plot(records, tmp_path / "a.b" / "bench")
+    again = picture.plot(records, tmp_path / "again")
     assert [path.name for path in first] == ["bench.png", "bench.svg"]
     assert first[0].read_bytes().startswith(b"\x89PNG")
     assert first[1].read_text().endswith("</svg>\n")

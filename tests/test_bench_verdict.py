@@ -337,28 +337,44 @@ def test_builds_and_those_chosen_need_each_other(tmp_path, capsys):
         assert "builds in turn need both" in capsys.readouterr().err
 
 
-# ---- the README's figures are those of the records
+# ---- the figures of README and docs/performance.md are those of the records
 
 
-def readme_rows(headers):
+FIRST_TABLE = "| list | op | ema/param | GB/s | naive"
+UPDATE_FP32 = ("update", "fp32/fp32")
+
+
+def rows_of(page, headers):
     """The rows of the table whose first line begins so, each a list of cells."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / page).read_text()
     table = text[text.index(headers) :].partition("\n\n")[0]
     rows = [[cell.strip() for cell in row[1:-1].split("|")] for row in table.splitlines()]
     return rows[2:]
 
 
-def test_the_readme_s_table_of_the_walks():
+def test_the_table_of_the_walks():
     files = [str(H200 / "walks" / name) for name in ("chosen.json", "first.jsonl", "second.jsonl")]
     _, chosen, runs = verdict.read(map(Path, files))
     assert len(chosen) == 12
     made = verdict.markdown(verdict.builds(chosen, runs)).splitlines()
     start = "| list | op | ema/param | GB/s before |"
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "performance.md").read_text()
     assert text[text.index(start) :].partition("\n\n")[0].splitlines() == made
 
 
-def test_the_readme_s_first_table_of_the_gpu():
+def test_the_picture_of_records_from_before_there_were_pauses(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = [str(H200 / "3ff6e58" / f"{name}.json") for name in ("bench", "bench_mixed")]
+    cli.main(["verdict", *files, "--plot", str(tmp_path / "update")])
+    texts = (tmp_path / "update.svg").read_text()
+    # Text is drawn as shapes; what it says stands beside them.
+    assert "<!-- ViT-L/16 -->" in texts
+    # A list of small tensors shows its time: 6.8 us of the plan in that record.
+    assert "<!-- 6.8 us -->" in texts
+    assert "<!-- 19.2x -->" in texts
+
+
+def test_the_tables_of_the_gpu():
     contents, _, _ = verdict.read(H200 / "3ff6e58" / f"{name}.json" for name in FIRST)
     records = Records(contents)
     made = {}
@@ -367,7 +383,7 @@ def test_the_readme_s_first_table_of_the_gpu():
         made.setdefault((title, done, short), cells)  # ResNet-50's first: compile.json has others.
     targets = {row[0]: row[2] for row in verdict.lines(records)}
     seen = 0
-    for title, done, pair, speed, *factors in readme_rows("| list | op | ema/param | GB/s | naive"):
+    for title, done, pair, speed, *factors in rows_of("docs/performance.md", FIRST_TABLE):
         if title == "10,000 x 64, with the host's part":
             expected = ["", targets["10,000 x 64 end to end, against foreach"], "", ""]
         else:
@@ -385,3 +401,12 @@ def test_the_readme_s_first_table_of_the_gpu():
             assert (figure[1] is not None) == (float(value[:-1]) < 1), title
             seen += 1
     assert seen > 40
+
+
+def test_the_readme_shows_rows_of_that_table():
+    rows = rows_of("docs/performance.md", FIRST_TABLE)
+    updates = {title: cells for title, op, pair, *cells in rows if (op, pair) == UPDATE_FP32}
+    shown = rows_of("README.md", "| list | GB/s | naive loop |")
+    assert len(shown) >= 5
+    for title, *cells in shown:
+        assert cells == updates[title], title

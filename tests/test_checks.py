@@ -213,7 +213,9 @@ def test_bad_form(backend):
         lambda: fused_ema.update_(ema, [f32(3)], 0.5, "Lerp"),
         lambda: fused_ema.Plan(ema, [f32(3)]).update(0.5, "Lerp"),
     ):
-        with pytest.raises(ValueError, match="form is 'Lerp'; choose 'lerp' or 'mul_add'"):
+        with pytest.raises(
+            ValueError, match="form is 'Lerp'; choose 'lerp', 'mul_add' or 'two_products'"
+        ):
             call()
 
 
@@ -226,7 +228,10 @@ def test_a_form_that_is_no_string(backend, form):
     ):
         with pytest.raises(ValueError, match="form is") as caught:
             call()
-        assert str(caught.value) == f"fused_ema.{op}: form is '{form}'; choose 'lerp' or 'mul_add'"
+        assert (
+            str(caught.value)
+            == f"fused_ema.{op}: form is '{form}'; choose 'lerp', 'mul_add' or 'two_products'"
+        )
 
 
 def test_names_that_are_no_strings(backend):

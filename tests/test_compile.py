@@ -16,7 +16,7 @@ def args_for(name, device):
     odd = make_lists((20,), PAIR, "with gaps", device)
     ema, params = ema + odd[0], params + odd[1]
     if name == "update_.default":
-        return torch.ops.fused_ema.update_.default, (ema, params, 0.1)
+        return torch.ops.fused_ema.update_.default, (ema, params, 0.1, "two_products")
     if name == "update_.tensor":
         momentum = torch.tensor(0.1, dtype=torch.float64, device=device)
         return torch.ops.fused_ema.update_.tensor, (ema, params, momentum, "mul_add")
@@ -49,6 +49,7 @@ def test_compiled_without_a_graph_break():
     def step(ema, params, momentum):
         fused_ema.update_(ema, params, 0.25)
         fused_ema.update_(ema, params, momentum, form="mul_add")
+        fused_ema.update_(ema, params, 0.75, form="two_products")
         fused_ema.swap_(ema, params)
         return [e + 1 for e in ema]
 

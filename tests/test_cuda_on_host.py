@@ -109,6 +109,21 @@ MUTATIONS = {
         "return load(Stored<A>::from(x));",
         "return x;",
     ),
+    "an FMA adds the second product": (
+        "ema_math.h",
+        "round_to_ema(product(ema, V(c.decay))) + round_to_param(product(param, V(c.momentum)))",
+        "fma(V(c.momentum), param, round_to_ema(product(ema, V(c.decay))))",
+    ),
+    "an FMA adds the first product": (
+        "ema_math.h",
+        "round_to_ema(product(ema, V(c.decay))) + round_to_param(product(param, V(c.momentum)))",
+        "fma(V(c.decay), ema, round_to_param(product(param, V(c.momentum))))",
+    ),
+    "the param's product is rounded as the ema's": (
+        "cuda/update.cu",
+        "return Compute<A>{load(Stored<B>::from(x))};",
+        "return Compute<A>{load(Stored<A>::from(x))};",
+    ),
     "a swap writes one side": (
         "cuda/swap.cu",
         "b = Converted<B, A>::from(kept);",

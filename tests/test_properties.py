@@ -300,7 +300,7 @@ def test_update_is_within_rounding_of_float64(drawn, momentum, form, update, com
         limit = torch.finfo(e.dtype).max / 4
         is_small = (was.abs().double() <= limit) & (p.abs().double() <= limit)
         error = (e.double() - reference_update(was, p, momentum)).abs()
-        assert bool((error <= update_tolerance(was, p, momentum))[is_small].all())
+        assert bool((error <= update_tolerance(was, p, momentum, form))[is_small].all())
 
 
 def compared_as_numbers(actual, expected, where):

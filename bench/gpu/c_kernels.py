@@ -18,7 +18,7 @@ from fused_ema.ops import Form
 from fused_ema.testing import DTYPE_PAIRS
 
 Kind = Literal["update", "swap", "copy to ema", "copy to params"]
-FORMS: tuple[Form, ...] = ("lerp", "mul_add")
+FORMS: tuple[Form, ...] = ("lerp", "mul_add", "two_products")  # In csrc/ema_math.h's order.
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bench import report
+from bench import picture, report
 from bench.providers import CAPTURED, COMPILED, FLAT_COPY, OWN_COPY, PLAN, TRITON, split_pair
 from bench.step import ENOUGH_ROUNDS
 
@@ -537,7 +537,7 @@ def main(argv: Sequence[str]) -> int:
             if line:
                 print(line)
         if args.plot:
-            report.plot(records.ops, args.plot)
+            picture.plot(records.ops, args.plot)
         found += [judged, summary(records)]
     if args.markdown:
         print(*map(markdown, found), sep="\n\n")

@@ -22,6 +22,7 @@ struct F32 {
   FUSED_EMA_INLINE F32(__m512 x) : v(x) {}
   FUSED_EMA_INLINE explicit F32(float x) : v(_mm512_set1_ps(x)) {}
 };
+FUSED_EMA_INLINE F32 operator+(F32 x, F32 y) { return _mm512_add_ps(x.v, y.v); }
 FUSED_EMA_INLINE F32 operator-(F32 x, F32 y) { return _mm512_sub_ps(x.v, y.v); }
 FUSED_EMA_INLINE F32 operator*(F32 x, F32 y) { return _mm512_mul_ps(x.v, y.v); }
 FUSED_EMA_INLINE F32 fma(F32 x, F32 y, F32 z) { return _mm512_fmadd_ps(x.v, y.v, z.v); }
@@ -32,6 +33,7 @@ struct F64 {
   FUSED_EMA_INLINE F64(__m512d x) : v(x) {}
   FUSED_EMA_INLINE explicit F64(double x) : v(_mm512_set1_pd(x)) {}
 };
+FUSED_EMA_INLINE F64 operator+(F64 x, F64 y) { return _mm512_add_pd(x.v, y.v); }
 FUSED_EMA_INLINE F64 operator-(F64 x, F64 y) { return _mm512_sub_pd(x.v, y.v); }
 FUSED_EMA_INLINE F64 operator*(F64 x, F64 y) { return _mm512_mul_pd(x.v, y.v); }
 FUSED_EMA_INLINE F64 fma(F64 x, F64 y, F64 z) { return _mm512_fmadd_pd(x.v, y.v, z.v); }
@@ -81,6 +83,7 @@ struct F32 {
   FUSED_EMA_INLINE F32(__m256 x) : v(x) {}
   FUSED_EMA_INLINE explicit F32(float x) : v(_mm256_set1_ps(x)) {}
 };
+FUSED_EMA_INLINE F32 operator+(F32 x, F32 y) { return _mm256_add_ps(x.v, y.v); }
 FUSED_EMA_INLINE F32 operator-(F32 x, F32 y) { return _mm256_sub_ps(x.v, y.v); }
 FUSED_EMA_INLINE F32 operator*(F32 x, F32 y) { return _mm256_mul_ps(x.v, y.v); }
 FUSED_EMA_INLINE F32 fma(F32 x, F32 y, F32 z) { return _mm256_fmadd_ps(x.v, y.v, z.v); }
@@ -91,6 +94,7 @@ struct F64 {
   FUSED_EMA_INLINE F64(__m256d x) : v(x) {}
   FUSED_EMA_INLINE explicit F64(double x) : v(_mm256_set1_pd(x)) {}
 };
+FUSED_EMA_INLINE F64 operator+(F64 x, F64 y) { return _mm256_add_pd(x.v, y.v); }
 FUSED_EMA_INLINE F64 operator-(F64 x, F64 y) { return _mm256_sub_pd(x.v, y.v); }
 FUSED_EMA_INLINE F64 operator*(F64 x, F64 y) { return _mm256_mul_pd(x.v, y.v); }
 FUSED_EMA_INLINE F64 fma(F64 x, F64 y, F64 z) { return _mm256_fmadd_pd(x.v, y.v, z.v); }

@@ -17,6 +17,10 @@ struct Update {
     const V p = load_vec(param);
     if constexpr (kForm == Form::kLerp) {
       store_vec(ema, lerp_from<kFromParam>(e, p, c));
+    } else if constexpr (kForm == Form::kTwoProducts) {
+      store_vec(ema, two_products(
+                         e, p, c, [](V x) { return rounded_to(A{}, x); },
+                         [](V x) { return rounded_to(B{}, x); }));
     } else {
       store_vec(ema, mul_add(e, p, c, [](V x) { return rounded_to(A{}, x); }));
     }
@@ -26,6 +30,10 @@ struct Update {
     const C p = load(*param);
     if constexpr (kForm == Form::kLerp) {
       *ema = Stored<A>::from(lerp_from<kFromParam>(e, p, c));
+    } else if constexpr (kForm == Form::kTwoProducts) {
+      *ema = Stored<A>::from(two_products(
+          e, p, c, [](C x) { return C{load(Stored<A>::from(x))}; },
+          [](C x) { return C{load(Stored<B>::from(x))}; }));
     } else {
       *ema = Stored<A>::from(mul_add(e, p, c, [](C x) { return load(Stored<A>::from(x)); }));
     }
@@ -34,7 +42,9 @@ struct Update {
 
 template <Form kForm, typename A, typename B>
 void run(double momentum, void* a, void* b, int64_t n) {
-  const Coefficients<Compute<A>> c = coefficients<A, B>(momentum, AlphaRounding::kToEmaDtype);
+  constexpr auto kRounding =
+      kForm == Form::kMulAdd ? AlphaRounding::kToEmaDtype : AlphaRounding::kNone;
+  const Coefficients<Compute<A>> c = coefficients<A, B>(momentum, kRounding);
   A* ema = static_cast<A*>(a);
   const B* param = static_cast<const B*>(b);
   if (kForm == Form::kLerp && c.from_param) {
@@ -52,6 +62,19 @@ void run_one_at_a_time(double momentum, void* a, void* b, int64_t n) {
   for (int64_t i = 0; i < n; ++i) ema[i] = mul_add_one_at_a_time(ema[i], param[i], c);
 }
 
+template <typename A, typename B>
+SpanKernel kernel_of(Form form) {
+  switch (form) {
+    case Form::kLerp:
+      return run<Form::kLerp, A, B>;
+    case Form::kMulAdd:
+      return run<Form::kMulAdd, A, B>;
+    case Form::kTwoProducts:
+      return run<Form::kTwoProducts, A, B>;
+  }
+  return nullptr;
+}
+
 }  // namespace
 
 SpanKernel one_at_a_time_kernel(DtypePair pair) {
@@ -64,7 +87,7 @@ SpanKernel update_kernel(DtypePair pair, Form form) {
   switch (pair) {
 #define FUSED_EMA_CASE(name, A, B) \
   case DtypePair::name:            \
-    return form == Form::kLerp ? run<Form::kLerp, A, B> : run<Form::kMulAdd, A, B>;
+    return kernel_of<A, B>(form);
     FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }

@@ -22,6 +22,11 @@ struct Update {
   __device__ void operator()(A& ema, const B& param) const {
     if constexpr (kForm == Form::kLerp) {
       ema = Stored<A>::from(lerp(load(ema), static_cast<Compute<A>>(load(param)), c));
+    } else if constexpr (kForm == Form::kTwoProducts) {
+      ema = Stored<A>::from(two_products(
+          load(ema), static_cast<Compute<A>>(load(param)), c,
+          [](Compute<A> x) { return Compute<A>{load(Stored<A>::from(x))}; },
+          [](Compute<A> x) { return Compute<A>{load(Stored<B>::from(x))}; }));
     } else {
       ema = Stored<A>::from(mul_add(load(ema), static_cast<Compute<A>>(load(param)), c,
                                     [](Compute<A> x) { return load(Stored<A>::from(x)); }));
@@ -37,15 +42,27 @@ Status launch_form(const Work& work, Momentum momentum, Stream stream) {
   return launch<Op, A, B>(work, args, stream);
 }
 
+template <typename A, typename B>
+Status launch_pair(Form form, const Work& work, Momentum momentum, Stream stream) {
+  switch (form) {
+    case Form::kLerp:
+      return launch_form<Form::kLerp, A, B>(work, momentum, stream);
+    case Form::kMulAdd:
+      return launch_form<Form::kMulAdd, A, B>(work, momentum, stream);
+    case Form::kTwoProducts:
+      return launch_form<Form::kTwoProducts, A, B>(work, momentum, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 Status launch_update(DtypePair pair, Form form, const Work& work, Momentum momentum,
                      Stream stream) {
   switch (pair) {
-#define FUSED_EMA_CASE(name, A, B)                                                      \
-  case DtypePair::name:                                                                 \
-    return form == Form::kLerp ? launch_form<Form::kLerp, A, B>(work, momentum, stream) \
-                               : launch_form<Form::kMulAdd, A, B>(work, momentum, stream);
+#define FUSED_EMA_CASE(name, A, B) \
+  case DtypePair::name:            \
+    return launch_pair<A, B>(form, work, momentum, stream);
     FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }

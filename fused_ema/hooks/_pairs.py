@@ -31,8 +31,8 @@ class Pairs:
         only_copied: They are never averaged, so their dtypes don't matter.
         converts: Leave to torch the pairs of floating-point dtypes that can't be averaged, and with
             ``mul_add`` 16-bit averages where any pair is of two dtypes: they get the bits of
-            ``torch._foreach_mul_`` and ``_foreach_add_``, and with ``lerp`` those of a param that
-            was converted.
+            ``torch._foreach_mul_`` and ``_foreach_add_``, with ``two_products`` those of three
+            operations of torch, and with ``lerp`` those of a param that was converted.
 
     Attributes:
         dtypes: Of the floating-point pairs: each average's and its param's.
@@ -155,6 +155,9 @@ class Pairs:
             torch._foreach_add_(averaged, live, alpha=momentum)
             return
         for a, b in pairs:  # One at a time, so that no second model is in memory.
+            if form == "two_products":
+                a.copy_((1 - momentum) * a + momentum * b.detach().to(a.device))
+                continue
             ops._update([a], [b.detach().to(a.device, a.dtype)], momentum, form)
 
     def copy(self) -> None:

@@ -55,7 +55,7 @@ class EngineEMA:
         interval: Steps from update to update.
         skip_buffers: Average parameters only.
         momentum_fun: The momentum as a function of the 0-based step.
-        form: ``"lerp"`` or ``"mul_add"``.
+        form: ``"lerp"``, ``"mul_add"`` or ``"two_products"``.
         begin: The first step that averages; before it the average follows by copy.
         ema_dtype: Of averages; None for the masters'.
         device: Of averages; None for the masters'.

@@ -94,7 +94,7 @@ class EMA(_Callback):
             let through; so are the others below.
         skip_buffers: Average parameters only.
         momentum_fun: The momentum as a function of the 0-based iteration.
-        form: ``"lerp"`` or ``"mul_add"``.
+        form: ``"lerp"``, ``"mul_add"`` or ``"two_products"``.
         begin: The first iteration that averages; before it the average follows by copy.
         ema_dtype: Of averages; None for float32 where the param is narrower.
         device: Of averages; None for each param's.

@@ -40,8 +40,9 @@ struct Operation {
 // A quarter is exact in every dtype, so that it doesn't matter who rounds alpha to which.
 constexpr Operation kOperations[] = {
     {Kind::kUpdate, Form::kLerp, 0.25},   {Kind::kUpdate, Form::kLerp, 0.75},
-    {Kind::kUpdate, Form::kMulAdd, 0.25}, {Kind::kSwap, Form::kLerp, 0},
-    {Kind::kCopyToA, Form::kLerp, 0},     {Kind::kCopyToB, Form::kLerp, 0}};
+    {Kind::kUpdate, Form::kMulAdd, 0.25}, {Kind::kUpdate, Form::kTwoProducts, 0.3},
+    {Kind::kSwap, Form::kLerp, 0},        {Kind::kCopyToA, Form::kLerp, 0},
+    {Kind::kCopyToB, Form::kLerp, 0}};
 
 void check(int status) {
   if (status == cudaSuccess) return;
