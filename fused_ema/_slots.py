@@ -180,11 +180,6 @@ class Tracked:
         self.num_averages = len(slots[0].emas) if slots else 1
         self._given_shards = _shards.Shards([s.given for s in slots if s.given is not None])
 
-    @cached_property
-    def averaged_dtypes(self) -> frozenset[torch.dtype]:
-        """Of the emas that are averaged."""
-        return frozenset(slot.ema.dtype for slot in self.averaged)
-
     def is_current(self) -> bool:
         """Whether the model still has the very tensors, and those their shards."""
         return self.tree.is_current() and self.shards.are_current() and self.has_teacher()

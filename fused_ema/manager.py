@@ -243,9 +243,9 @@ class EMAManager:
         # conversion there and back could come to lie at the same address.
         self._places: list[tuple[int, object]] = []
         self._tracked, self._frozen = self._track("")
-        if self._into is not None:
-            constant = averages.momentum_at(0, 0) if averages.is_constant(0) else 0.0
-            self._into.warn_of_stall(constant, self._tracked.averaged_dtypes, level=2)
+        if self._into is not None and self._tracked.teacher is not None:
+            if averages.is_constant(0):
+                self._tracked.teacher.warn_of_stall(averages.momentum_at(0, 0), level=2)
             staged = {s.name: (s.param, s.ema) for s in self._tracked.staged}
             self._into.warn_of_stages(staged, level=2)
 
@@ -553,7 +553,7 @@ class EMAManager:
         """Averages, with a momentum for each average, or copies everything where there are none."""
         tracked = self._tracked
         if tracked.teacher is not None:
-            tracked.teacher.prepare("update")
+            tracked.teacher.prepare(None if momenta is None else momenta[0])
         if not tracked.is_current_so_far():
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
@@ -563,8 +563,6 @@ class EMAManager:
             self._tracked = tracked = tracked.restaged()
         if tracked.tied:
             tracked.check_geometry("update", tracked.tied)
-        if (teacher := tracked.teacher) is not None:
-            teacher.warn(None if momenta is None else momenta[0], tracked.averaged_dtypes)
         try:
             plan = tracked.plan
             num_refreshes = plan._num_refreshes
@@ -585,8 +583,8 @@ class EMAManager:
             raise
         if plan._num_refreshes != num_refreshes:
             tracked.lay_anew()
-        if teacher is not None:
-            teacher.note_update()
+        if tracked.teacher is not None:
+            tracked.teacher.note_update()
 
     # ---- for evaluation
 
