@@ -19,6 +19,7 @@ from ranks import Ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_flatten_with_path
 
+from fused_ema import state
 from fused_ema.testing import assert_bits_equal
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +63,20 @@ def killed_after(line, folder):
         for pid in (run.pid, *map(int, children)):  # Torchrun first, or it starts them again.
             os.kill(pid, signal.SIGKILL)
         run.communicate()
+
+
+def test_posthoc_finds_a_length_and_leaves_its_average(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "posthoc.py"))
+    monkeypatch.setattr(sys, "argv", ["posthoc.py", "--folder", str(tmp_path)])
+    example["main"]()
+    raw, *widths, best = capsys.readouterr().out.splitlines()
+    losses = {float(std): float(x) for line in widths for std, x in [line.split()[1:4:2]]}
+    assert list(losses) == list(example["WIDTHS"])
+    chosen = float(re.search(r"best: std ([\d.]+),", best)[1])
+    assert losses[chosen] == min(losses.values()) < 0.6 * float(raw.split()[-1])
+    model = example["make_model"]()
+    model.load_state_dict(state.read(tmp_path / "best.safetensors").ema)
+    assert example["loss_of"](model) == pytest.approx(losses[chosen], abs=6e-5)
 
 
 @pytest.fixture
