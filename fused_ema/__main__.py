@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,71 +16,18 @@ from torch import Tensor
 
 from fused_ema import _safetensors, formats
 from fused_ema._foreach import dtype_name
+from fused_ema._format_errors import SeveralAveragesError
+from fused_ema._progress import Progress, shown_size
 from fused_ema._version import __version__
 from fused_ema.formats._files import load
 from fused_ema.formats._names import Model, Names, model_of
 from fused_ema.formats._source import Source, tensors_of
+from fused_ema.posthoc import _cli
 
 _BAD_INPUT = 2
 
 
-class Progress:
-    """On a terminal, how much is written: with rich where it is installed, or in plain text."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bar: Any = None
-        self._is_shown = sys.stderr.isatty()
-        self._last = 0.0
-        if self._is_shown:
-            try:
-                console = importlib.import_module("rich.console").Console(stderr=True)
-                module = importlib.import_module("rich.progress")
-            except ImportError:
-                return
-            self._bar = module.Progress(
-                module.TextColumn("{task.description}"),
-                module.BarColumn(),
-                module.DownloadColumn(),
-                module.TransferSpeedColumn(),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(what)
-
-    def __enter__(self) -> Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self._is_shown and self._last:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def __call__(self, done: int, total: int) -> None:
-        """So many bytes of all are written."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=total)
-        elif self._is_shown and time.monotonic() - self._last > 0.1:
-            self._last = time.monotonic()
-            share = 100 * done / max(1, total)
-            text = f"{self._what}: {share:3.0f} % of {_size(total)}"
-            print(f"\r{text}", end="", file=sys.stderr, flush=True)
-
-
 # ---- inspect
-
-
-def _size(num_bytes: int) -> str:
-    """A size that one can read: in decimal units, as disks are sold."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _num_bytes(tensor: Tensor) -> int:
@@ -93,7 +38,7 @@ def _summary(tensors: Sequence[Tensor]) -> str:
     num_elements = sum(tensor.numel() for tensor in tensors)
     return (
         f"{len(tensors):,} tensors, {num_elements:,} elements, "
-        f"{_size(sum(map(_num_bytes, tensors)))}"
+        f"{shown_size(sum(map(_num_bytes, tensors)))}"
     )
 
 
@@ -113,7 +58,7 @@ def describe(path: Path, found: formats.Found) -> list[str]:
     """
     files = [path] if path.is_file() else [p for p in path.iterdir() if p.is_file()]
     lines = [
-        ("file", f"{path} ({_size(sum(file.stat().st_size for file in files))})"),
+        ("file", f"{path} ({shown_size(sum(file.stat().st_size for file in files))})"),
         ("format", found.format),
     ]
     untracked = [tensor for name, tensor in found.raw.items() if name not in found.ema]
@@ -140,8 +85,21 @@ def describe(path: Path, found: formats.Found) -> list[str]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    found = formats._read(args.file, _source(args.file, args, numbered=True))
-    print("\n".join(describe(args.file, found)))
+    if _cli.is_folder_of_snapshots(args.file):
+        print("\n".join(_cli.describe(args.file, args.run, args.profiles)))
+        return
+    source = _source(args.file, args, numbered=True)
+    try:
+        found = {"": formats._read(args.file, source)}
+    except SeveralAveragesError as several:
+        found = {
+            name: formats._read(args.file, replace(source, average=name)) for name in several.names
+        }
+    blocks = []
+    for name, one in found.items():
+        title = [f"{'average':<12}{name}"] if name else []
+        blocks.append("\n".join(title + describe(args.file, one)))
+    print("\n\n".join(blocks))
 
 
 # ---- convert
@@ -157,6 +115,7 @@ def _source(path: Path, args: argparse.Namespace, numbered: bool) -> Source:
         args.format,
         key=args.key,
         variant=args.variant,
+        average=args.average,
     )
 
 
@@ -201,7 +160,7 @@ def _convert(args: argparse.Namespace) -> None:
     found = replace(found, **given)
     with Progress(f"writing {args.output.name}") as progress:
         formats._write(args.output, found, to, origin.model, progress, release=True)
-    size = _size(os.stat(args.output).st_size)
+    size = shown_size(os.stat(args.output).st_size)
     print(f"wrote {args.output}: {to} of {len(found.ema):,} averages, {size}")
 
 
@@ -227,8 +186,9 @@ def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
     parser = argparse.ArgumentParser(
         "python -m fused_ema",
-        description="Says what is in a checkpoint with an average of weights, and converts it. "
-        "Files are read as data: no code in them is run.",
+        description="Says what is in a checkpoint with an average of weights, converts it, and "
+        "puts averages of any length together from snapshots. Files are read as data: no code in "
+        "them is run.",
     )
     parser.add_argument("--version", action="version", version=f"fused_ema {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -240,6 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--key", default="", help="read what is under this key; a.b within keys, a.0 in a list")
     add("--prefix", default="", help="take only names that begin so, without it")
     add("--variant", help="a folder of diffusers: which of its weights, such as fp16")
+    add("--average", metavar="NAME", help="of a manager's state that has several averages: which")
     add(
         "--model-names",
         type=Path,
@@ -248,9 +209,14 @@ def make_parser() -> argparse.ArgumentParser:
         "names of its parameters, one a line, in their order",
     )
 
-    inspect = commands.add_parser("inspect", parents=[shared], help="say what is in a checkpoint")
+    inspect = commands.add_parser(
+        "inspect",
+        parents=[shared],
+        help="say what is in a checkpoint, or what can be had of a folder of snapshots",
+    )
     inspect.add_argument("file", type=Path, metavar="FILE")
-    inspect.set_defaults(run=_inspect)
+    _cli.add_choice(inspect)
+    inspect.set_defaults(run_command=_inspect)
 
     convert = commands.add_parser(
         "convert",
@@ -269,7 +235,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--iteration", type=number(int, 0, 2**62), help="where IN doesn't record it")
     add("--momentum", type=number(float, 0, 1), help="where IN doesn't record it: 1 - decay")
-    convert.set_defaults(run=_convert)
+    convert.set_defaults(run_command=_convert)
+
+    _cli.add_commands(commands)
     return parser
 
 
@@ -285,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = make_parser().parse_args(argv)
     try:
-        args.run(args)
+        args.run_command(args)
     except BrokenPipeError:
         # Whoever read the output has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -155,42 +157,64 @@ def write_file(
     Raises:
         FormatError: A dtype that the format hasn't got.
     """
+    mapped = mapped_ranges() if release else []
+
+    def chunks(name: str) -> Iterator[memoryview]:
+        tensor = tensors[name].detach()
+        yield from chunks_of(tensor)
+        release_mapped(tensor, mapped)
+
+    layouts = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_stream(file, layouts, metadata, chunks, progress)
+
+
+def write_stream(
+    file: IO[bytes],
+    layouts: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    metadata: Mapping[str, str],
+    chunks: Callable[[str], Iterator[memoryview]],
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a file of tensors that are made one after the other.
+
+    Args:
+        file: Open for writing.
+        layouts: Dtype and shape by name.
+        metadata: Strings for the header.
+        chunks: The bytes of a tensor, whose name it is given; called once for each.
+        progress: As of :func:`write_file`.
+
+    Raises:
+        FormatError: A dtype that the format hasn't got.
+    """
     names = {dtype: name for name, dtype in reversed(_DTYPES.items())}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     # Largest items first, so that each tensor lies at a multiple of its item's size.
-    order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    order = sorted(layouts, key=lambda name: -layouts[name][0].itemsize)
     end = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in names:
+        dtype, shape = layouts[name]
+        if dtype not in names:
             raise FormatError(
-                f"{WRITE}: '{name}' is {dtype_name(tensor.dtype)}, which safetensors hasn't got; "
+                f"{WRITE}: '{name}' is {dtype_name(dtype)}, which safetensors hasn't got; "
                 "write another format"
             )
-        header[name] = {
-            "dtype": names[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.numel() * tensor.element_size()],
-        }
-        end = header[name]["data_offsets"][1]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little"))
     file.write(text)
     done = 0
-    mapped = list(_mapped_ranges()) if release else []
     for name in order:
-        tensor = tensors[name].detach()
-        for chunk in _chunks(tensor):
+        for chunk in chunks(name):
             file.write(chunk)
             done += len(chunk)
             if progress is not None:
                 progress(done, end)
-        if mapped:
-            _release(tensor, mapped)
 
 
-def _chunks(tensor: Tensor) -> Iterator[memoryview]:
+def chunks_of(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor, without numpy, which may not be there."""
     tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
     num_bytes = tensor.numel() * tensor.element_size()
@@ -201,25 +225,31 @@ def _chunks(tensor: Tensor) -> Iterator[memoryview]:
         yield content[begin : begin + _CHUNK_BYTES]
 
 
-def _mapped_ranges() -> Iterator[tuple[int, int]]:
+def mapped_ranges() -> list[tuple[int, int]]:
     """The addresses that are mapped to files; none where the system doesn't say."""
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError:
-        return
+        return []
+    found = []
     for line in lines:
         addresses, _, _, _, inode, *_ = line.split()
         if inode != "0":
             begin, _, end = addresses.partition("-")
-            yield int(begin, 16), int(end, 16)
+            found.append((int(begin, 16), int(end, 16)))
+    return found
 
 
-def _release(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
+def release_mapped(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
+    """Gives the memory of a tensor back that lies in one of those ranges, and is only read."""
     storage = tensor.untyped_storage()
-    begin = storage.data_ptr()
-    end = begin + storage.nbytes()
+    begin, num_bytes = storage.data_ptr(), storage.nbytes()
+    if tensor.is_contiguous():  # Which may be a part of what is mapped, and is all that was read.
+        begin, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
+    end = begin + num_bytes
     # Of anonymous memory this would be the end.
-    if not any(low <= begin and end <= high for low, high in mapped):
+    i = bisect_right(mapped, begin, key=lambda range_: range_[0]) - 1
+    if i < 0 or end > mapped[i][1]:
         return
     page = mmap.PAGESIZE
     begin, end = -(-begin // page) * page, end // page * page

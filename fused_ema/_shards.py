@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,14 @@ def offset_of(tensor: Tensor) -> tuple[int, ...]:
     mesh, placements = _layout(tensor)
     _, offset = utils.compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     return tuple(offset)
+
+
+def num_parts(tensor: Tensor) -> int:
+    """Into how many parts a mesh divides it; 1 of a plain one, which each rank has whole."""
+    if not is_dtensor(tensor):
+        return 1
+    mesh, placements = cast(Any, _layout(tensor))
+    return math.prod(mesh.size(i) for i, p in enumerate(placements) if not p.is_replicate())
 
 
 def is_first(tensors: Sequence[Tensor]) -> bool:
@@ -252,15 +261,15 @@ class Units:
             torch.autograd.graph.increment_version(_counted([p for p in found if p is not None]))
 
 
-def units_of(model: nn.Module) -> Units:
-    """Those that hold a tensor of a model: of its modules, and of modules that it is a part of."""
+def units_of(*models: nn.Module) -> Units:
+    """Those that hold a tensor of models: of their modules, and of those they are parts of."""
     cls = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     states = getattr(
         sys.modules.get("torch.distributed._composable_state"), "_module_state_mapping", None
     )
     if cls is None or not states:
         return Units([])
-    own = {id(module) for module in model.modules()}
+    own = {id(module) for model in models for module in model.modules()}
     found = {}
     for module in list(states):
         if isinstance(module, cls):

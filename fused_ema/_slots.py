@@ -15,6 +15,7 @@ from torch import Tensor
 from fused_ema import _native, _shards, _storage, ops
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
 from fused_ema._sources import Feed, matched, misfit, unsupported
+from fused_ema._teacher import Teacher
 from fused_ema._tracking import Buffers, Member, Tree, group_tied, memory_of
 from fused_ema.ops import Form
 from fused_ema.plan import Plan
@@ -37,21 +38,24 @@ class Slot:
         members: The model's tensors that are this memory; the first stands for all.
         kind: What an update does with it.
         reason: Why, for a reader.
-        ema: In the strides of what it follows.
+        emas: One for each average, in the strides of what it follows. What isn't averaged has one,
+            which stands for each.
         stage: Where the ema is on another device: room for those values there.
         param_device: Where the param was when the ema was made.
         given: What is averaged in the param's place; None for the param itself.
         in_plan: Whether a plan averages or copies it. Not what is assigned anew in each step, for
             which the plan would be made anew each time.
+        target: The teacher's, which the ema is; None where the manager has made it.
     """
 
     members: tuple[Member, ...]
     kind: Kind
     reason: str
-    ema: Tensor
+    emas: list[Tensor]
     stage: Tensor | None
     param_device: torch.device
     given: Tensor | None = None
+    target: Member | None = None
     in_plan: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -69,6 +73,16 @@ class Slot:
     def name(self) -> str:
         """The first of its names."""
         return self.members[0].name
+
+    @property
+    def ema(self) -> Tensor:
+        """The only one, or the first: in dtype, device and layout the others are the same."""
+        return self.emas[0]
+
+    @property
+    def own_emas(self) -> list[Tensor]:
+        """Each once, where one stands for several."""
+        return self.emas if self.kind == "average" else self.emas[:1]
 
     @property
     def param(self) -> Tensor:
@@ -89,7 +103,9 @@ class Slot:
     def treatment(self) -> str:
         """What an update does with it, and why."""
         reason = self.reason if self.given is None else "from its source"
-        return f"{_DONE[self.kind]}: {reason}"
+        is_renamed = self.target is not None and self.target.name != self.name
+        into = f" into '{self.target.name}'" if self.target is not None and is_renamed else ""
+        return f"{_DONE[self.kind]}{into}: {reason}"
 
     @property
     def source(self) -> Tensor:
@@ -134,6 +150,7 @@ class Tracked:
         shards: Of the members that are DTensors.
         is_sharded: Whether there are any.
         feed: Where sources are asked for; None without any.
+        teacher: Whose tensors the emas are; None where they are the manager's.
     """
 
     def __init__(
@@ -142,6 +159,7 @@ class Tracked:
         members: Sequence[Member],
         slots: Sequence[Slot],
         feed: Feed | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         self.tree = tree
         self.members = list(members)
@@ -153,18 +171,28 @@ class Tracked:
         self.loose = [slot for slot in self.averaged if not slot.in_plan]
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
-        self.shards = _shards.Shards([member.tensor for member in members])
+        self.teacher = teacher
+        self.shards = _shards.Shards(
+            [m.tensor for m in (*members, *(s.target for s in slots if s.target is not None))]
+        )
         self.is_sharded = any(_shards.is_dtensor(member.tensor) for member in members)
         self.feed = feed
+        self.num_averages = len(slots[0].emas) if slots else 1
         self._given_shards = _shards.Shards([s.given for s in slots if s.given is not None])
 
     def is_current(self) -> bool:
         """Whether the model still has the very tensors, and those their shards."""
-        return self.tree.is_current() and self.shards.are_current()
+        return self.tree.is_current() and self.shards.are_current() and self.has_teacher()
 
     def is_current_so_far(self) -> bool:
         """The same in every step; see Tree.is_current_so_far()."""
+        if self.teacher is not None and not self.teacher.tree.is_current_so_far():
+            return False
         return self.tree.is_current_so_far() and self.shards.are_current()
+
+    def has_teacher(self) -> bool:
+        """Whether the teacher, if there is any, still has the very tensors."""
+        return self.teacher is None or self.teacher.tree.is_current()
 
     def writable(self) -> AbstractContextManager[object]:
         """The mode in which all params can be written."""
@@ -175,16 +203,44 @@ class Tracked:
         """To be called after each write to params."""
         self.shards.note_write()
         self.tree.units.note_write()
+        if self.teacher is not None:
+            self.teacher.note_write()
 
     @cached_property
     def plan(self) -> Plan:
-        """Of the averaged slots that aren't loose. Raises what making a plan raises."""
+        """Of the averaged slots that aren't loose; of several averages the first's.
+
+        Raises what making a plan raises.
+        """
+        return self._plan_of(0)
+
+    @cached_property
+    def other_plans(self) -> list[Plan]:
+        """Those of the other averages."""
+        return [self._plan_of(k) for k in range(1, self.num_averages)]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """One for each average."""
+        return [self.plan, *self.other_plans]
+
+    def _plan_of(self, average: int) -> Plan:
         planned = [slot for slot in self.averaged if slot.in_plan]
         return Plan(
-            [slot.ema for slot in planned],
+            [slot.emas[average] for slot in planned],
             [slot.source for slot in planned],
             [slot.name for slot in planned],
         )
+
+    def check_plans(self) -> None:
+        """Raises what a call of any of them would raise now."""
+        for plan in self.plans:
+            plan._check()
+
+    def drop_plans(self) -> None:
+        """They are made anew where they are wanted."""
+        self.__dict__.pop("plan", None)
+        self.__dict__.pop("other_plans", None)
 
     @cached_property
     def _copies(self) -> Any:
@@ -204,11 +260,17 @@ class Tracked:
             slot.in_plan = False
         self.loose_copied = self.copied
 
-    def update(self, momentum: float, form: Form) -> None:
-        """Averages and copies: all of them, or none where an error is raised.
+    def update(
+        self, momenta: Sequence[float], form: Form, average: Callable[..., None] | None = None
+    ) -> None:
+        """Averages, by a momentum for each average, and copies: all, or none where it raises.
 
         After a failed copy from another device some may have been copied; it can be made again.
+        Where there is an ``average``, it is called with all of this in place of _average().
         """
+        if self.teacher is not None and momenta[0] == 0:
+            self.plan._check()
+            return  # Of lerp -0.0 would become 0.0, and NaN beside an infinite param.
         copies = self._checked_copies()
         loose = self.copied if copies is None else self.loose_copied
         early = []
@@ -216,9 +278,12 @@ class Tracked:
             self.check_geometry("update", loose)
             early = [slot for slot in loose if not slot.exchanges()]
         if early:
-            self.plan._check()
+            self.check_plans()
             _storage.copy([slot.ema for slot in early], [slot.param for slot in early])
-        self._average(momentum, form)
+        if average is None:
+            self._average(momenta, form)
+        else:
+            average(self, momenta, form)
         # What is left can't fail any more.
         if copies is not None:
             copies.copy_to_ema()
@@ -238,22 +303,40 @@ class Tracked:
                 self._copies = copies = None
         return copies
 
-    def _average(self, momentum: float, form: Form) -> None:
+    def _average(self, momenta: Sequence[float], form: Form) -> None:
+        if self.teacher is not None and momenta[0] == 1:
+            self._replace()
+            return
+        others = self.other_plans
+        if self.loose or others:
+            self.check_plans()
+        if self.loose:
+            sources = [slot.source for slot in self.loose]
+            for k, momentum in enumerate(momenta):
+                ops._update([slot.emas[k] for slot in self.loose], sources, momentum, form)
+        self.plan._update(momenta[0], form)
+        for k, plan in enumerate(others, 1):
+            plan._update(momenta[k], form)
+
+    def _replace(self) -> None:
+        """Copies the averaged ones: a teacher that has got infinite goes on, too."""
         if self.loose:
             self.plan._check()
-            emas, sources = [s.ema for s in self.loose], [s.source for s in self.loose]
-            ops._update(emas, sources, momentum, form)
-        self.plan._update(momentum, form)
+            _storage.copy([s.ema for s in self.loose], [s.source for s in self.loose])
+        self.plan.copy_to_ema()
 
     def follow(self) -> None:
         """Copies all: before the first average."""
         if self.followed or self.loose:
             self.check_geometry("update", self.followed)
-            self.plan._check()
+            self.check_plans()
             pairs = [(slot.ema, slot.param) for slot in self.followed]
-            pairs += [(slot.ema, slot.source) for slot in self.loose]
+            pairs += [(ema, slot.source) for slot in self.loose for ema in slot.emas]
             _storage.copy([ema for ema, _ in pairs], [values for _, values in pairs])
-        self.plan.copy_to_ema()
+        if self.other_plans:
+            self.check_plans()
+        for plan in self.plans:
+            plan.copy_to_ema()
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, Slot]]:
@@ -283,7 +366,10 @@ class Tracked:
                 slot.in_plan = False
                 is_averaged = slot.kind == "average"
                 (self.loose if is_averaged else self.loose_copied).append(slot)
-                self.__dict__.pop("plan" if is_averaged else "_copies", None)
+                if is_averaged:
+                    self.drop_plans()
+                else:
+                    self.__dict__.pop("_copies", None)
         return True
 
     def lay_anew(self) -> None:
@@ -292,6 +378,7 @@ class Tracked:
             slot
             for slot in self.averaged
             if slot.stage is None
+            and slot.target is None
             and slot.ema.stride() != slot.followed.stride()
             and slot.ema.shape == slot.followed.shape
             and slot.ema.device == slot.followed.device
@@ -299,26 +386,37 @@ class Tracked:
         ]
         if not slots:
             return
-        try:
-            emas = _storage.allocate(
-                [slot.followed for slot in slots],
-                [slot.ema.dtype for slot in slots],
-                [slot.ema.device for slot in slots],
-            )
-        except torch.OutOfMemoryError:
-            return  # It is as right as before, and as slow.
-        _storage.copy(emas, [slot.ema for slot in slots])
-        for slot, ema in zip(slots, emas, strict=True):
-            slot.ema = ema
-        self.__dict__.pop("plan", None)
+        made = []
+        for _ in range(self.num_averages):
+            try:
+                emas = _storage.allocate(
+                    [slot.followed for slot in slots],
+                    [slot.ema.dtype for slot in slots],
+                    [slot.ema.device for slot in slots],
+                )
+            except torch.OutOfMemoryError:
+                return  # It is as right as before, and as slow.
+            made.append(emas)
+        for k, emas in enumerate(made):
+            _storage.copy(emas, [slot.emas[k] for slot in slots])
+        for slot, *emas in zip(slots, *made, strict=True):
+            slot.emas = emas
+        self.drop_plans()
 
-    def rebound(self, tree: Tree, now: Mapping[str, Member]) -> Tracked:
+    def rebound(
+        self, tree: Tree, now: Mapping[str, Member], teacher: Teacher | None = None
+    ) -> Tracked:
         """The same slots with the tensors that now stand under their names."""
         slots = [
             replace(slot, members=tuple(now.get(m.name, m) for m in slot.members))
             for slot in self.slots
         ]
-        return Tracked(tree, [now.get(m.name, m) for m in self.members], slots, self.feed)
+        if teacher is not None:
+            for slot in slots:
+                slot.target = teacher.targets[slot.name]
+                slot.emas = [slot.target.local]
+        members = [now.get(m.name, m) for m in self.members]
+        return Tracked(tree, members, slots, self.feed, teacher or self.teacher)
 
     def restaged(self) -> Tracked:
         """The same with stages of the dtypes that the params have now."""
@@ -327,7 +425,7 @@ class Tracked:
                 s if s.stage is None else replace(s, stage=s.stage.to(s.followed.dtype))
                 for s in self.slots
             ]
-        return Tracked(self.tree, self.members, slots, self.feed)
+        return Tracked(self.tree, self.members, slots, self.feed, self.teacher)
 
     def fed(self, op: str) -> Tracked:
         """The same with the sources that there are now, their values up to date.
@@ -353,9 +451,9 @@ class Tracked:
         if problems:
             raise misfit(op, problems)
         slots = [replace(slot, given=source) for slot, source in pairs]
-        tracked = Tracked(self.tree, self.members, slots, self.feed)
+        tracked = Tracked(self.tree, self.members, slots, self.feed, self.teacher)
         tracked.lay_anew()
-        tracked.plan  # noqa: B018  What it refuses isn't taken.
+        tracked.plans  # noqa: B018  What they refuse isn't taken.
         if found is not None:
             self.feed.take(found)
         self.feed.prepare()
@@ -381,6 +479,13 @@ class Tracked:
                     f"fused_ema.EMAManager.{op}: '{slot.name}' has shape {list(param.shape)} but "
                     f"its ema has {list(slot.ema.shape)}; give it back its shape, or call "
                     "refresh() to start its average anew"
+                )
+            ema_place = param if slot.stage is None else slot.stage
+            if slot.target is not None and slot.ema.device != ema_place.device:
+                raise ValueError(
+                    f"fused_ema.EMAManager.{op}: the teacher's '{slot.target.name}' is on "
+                    f"{slot.ema.device} but was on {ema_place.device} when the manager was made; "
+                    "move it back, or call refresh() to go on there"
                 )
             if param.device != slot.param_device:
                 raise ValueError(
@@ -458,11 +563,13 @@ class Policy:
             the param is bfloat16 or float16, and the param's elsewhere.
         device: Of all emas; None for the param's.
         buffers: What becomes of each buffer.
+        num_averages: That are kept of each averaged tensor.
     """
 
     ema_dtype: torch.dtype | Literal["param"] | None
     device: torch.device | None
     buffers: Buffers
+    num_averages: int = 1
 
     def __post_init__(self) -> None:
         known = sorted({dtype_name(ema) for ema, _ in DTYPE_PAIRS})
@@ -488,6 +595,7 @@ class Policy:
         members: Sequence[Member],
         old: Mapping[str, Slot] | None = None,
         feed: Feed | None = None,
+        teacher: Teacher | None = None,
     ) -> Tracked:
         """Slots for these members, with emas that are clones of what they follow.
 
@@ -498,6 +606,7 @@ class Policy:
             old: Slots of before by name: what fits of their emas is kept as it is. None for a new
                 manager, for which each rank makes one.
             feed: Where sources are asked for.
+            teacher: Whose tensors are to be the emas.
         """
         is_new, old = old is None, {} if old is None else old
         groups = group_tied(members)
@@ -524,7 +633,17 @@ class Policy:
                 decided[i] = slot.kind, slot.reason
         told = [member.tensor for member in members] if is_new else []
         with _shards.one_error(_TITLE, told):
-            return self._made(op, tree, members, groups, decided, before, feed)
+            tracked = self._made(op, tree, members, groups, decided, before, feed, teacher)
+        if teacher is not None and teacher.starts_as_copy:
+            # Only now: where another rank has failed, the teacher is as it was.
+            new = [
+                slot
+                for slot, was in zip(tracked.slots, before, strict=True)
+                if was is None or was.ema.shape != slot.ema.shape
+            ]
+            _storage.copy([slot.ema for slot in new], [slot.followed for slot in new])
+            teacher.note_write()
+        return tracked
 
     def _made(
         self,
@@ -535,6 +654,7 @@ class Policy:
         decided: Sequence[tuple[Kind, str]],
         before: Sequence[Slot | None],
         feed: Feed | None,
+        teacher: Teacher | None,
     ) -> Tracked:
         params = [group[0].local for group in groups]
         found = {} if feed is None else feed.poll() or {}
@@ -546,24 +666,35 @@ class Policy:
             for param, one in zip(params, given, strict=True)
         ]
         kinds = [kind for kind, _ in decided]
+        targets = [None if teacher is None else teacher.targets[g[0].name] for g in groups]
         dtypes = [
-            self._dtype_of(group[0], kind, one)
-            for group, kind, one in zip(groups, kinds, followed, strict=True)
+            self._dtype_of(group[0], kind, one, target)
+            for group, kind, one, target in zip(groups, kinds, followed, targets, strict=True)
         ]
-        devices = [self.device or param.device for param in params]
+        devices = [
+            self.device or param.device if target is None else target.local.device
+            for param, target in zip(params, targets, strict=True)
+        ]
         kept = {
-            i: slot.ema
+            i: slot.emas
             for i, slot in enumerate(before)
             if slot is not None
             and slot.name == groups[i][0].name  # Of tensors that were tied one goes on with it.
+            and (self.num_averages == 1 or (slot.kind == "average") == (kinds[i] == "average"))
             and _shards.is_laid_alike(slot.members[0].tensor, groups[i][0].tensor)
             and _has_room(slot.ema, followed[i], dtypes[i], devices[i])
         }
+        kept |= {i: [target.local] for i, target in enumerate(targets) if target is not None}
         new = [i for i in range(len(groups)) if i not in kept]
-        made = _storage.allocate(
-            [followed[i] for i in new], [dtypes[i] for i in new], [devices[i] for i in new]
-        )
-        emas = kept | dict(zip(new, made, strict=True))
+        # An allocation for each average: a swap and a snapshot take one.
+        made = []
+        for k in range(self.num_averages):
+            own = [i for i in new if k == 0 or kinds[i] == "average"]
+            fresh = _storage.allocate(
+                [followed[i] for i in own], [dtypes[i] for i in own], [devices[i] for i in own]
+            )
+            made.append(dict(zip(own, fresh, strict=True)))
+        emas = kept | {i: [its.get(i, made[0][i]) for its in made] for i in new}
         away = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
         stages = _storage.allocate(
             [followed[i] for i in away],
@@ -572,17 +703,26 @@ class Policy:
         )
         stage_of = dict(zip(away, stages, strict=True))
         slots = [
-            Slot(tuple(group), *decided[i], emas[i], stage_of.get(i), params[i].device, given[i])
+            Slot(
+                tuple(group),
+                *decided[i],
+                emas[i],
+                stage_of.get(i),
+                params[i].device,
+                given[i],
+                targets[i],
+            )
             for i, group in enumerate(groups)
         ]
-        tracked = Tracked(tree, members, slots, feed)
+        tracked = Tracked(tree, members, slots, feed, teacher)
         # Now, so that what can't be averaged is an error at once, and nothing is made at an exit.
-        tracked.plan  # noqa: B018
+        tracked.plans  # noqa: B018
         tracked._copies  # noqa: B018
         if feed is not None:
             feed.take(found)
             feed.prepare()
-        _storage.copy(made, [followed[i] for i in new])
+        for its in made:
+            _storage.copy([*its.values()], [followed[i] for i in its])
         return tracked
 
     def _kind_of(self, member: Member) -> tuple[Kind, str]:
@@ -608,14 +748,18 @@ class Policy:
             return "average", "a norm layer's running statistic"
         return "copy", "no running statistic of a norm layer"
 
-    def _dtype_of(self, member: Member, kind: Kind, followed: Tensor) -> torch.dtype:
+    def _dtype_of(
+        self, member: Member, kind: Kind, followed: Tensor, target: Member | None
+    ) -> torch.dtype:
         own = followed.dtype
         if member.local.layout != torch.strided:
             raise TypeError(
                 f"fused_ema.EMAManager: '{member.name}' has layout {member.local.layout}; only "
                 "dense tensors can be averaged, leave it out with exclude="
             )
-        if kind != "average" or self.ema_dtype == "param":
+        if target is not None:
+            dtype = target.local.dtype
+        elif kind != "average" or self.ema_dtype == "param":
             dtype = own
         elif self.ema_dtype is None:
             dtype = torch.float32 if own in _NARROW else own
@@ -623,13 +767,13 @@ class Policy:
             dtype = self.ema_dtype
         if kind == "average" and (dtype, own) not in DTYPE_PAIRS:
             pairs = ", ".join("/".join(map(dtype_name, pair)) for pair in DTYPE_PAIRS)
+            way = "Choose another ema_dtype" if target is None else "Convert the teacher"
             what = f"'{member.name}'"
             if followed is not member.local:
                 what = f"the source of {what}"
             raise TypeError(
                 f"fused_ema.EMAManager: {what} is {own} and its ema would be {dtype}; "
-                f"supported pairs (ema/param): {pairs}. Choose another ema_dtype, or leave it out "
-                "with exclude="
+                f"supported pairs (ema/param): {pairs}. {way}, or leave it out with exclude="
             )
         return dtype
 

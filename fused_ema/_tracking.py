@@ -363,18 +363,22 @@ class Selection:
     exclude: tuple[str, ...]
 
     def choose(
-        self, members: Sequence[Member], tracked: Container[str] = frozenset()
+        self,
+        members: Sequence[Member],
+        tracked: Container[str] = frozenset(),
+        others: Sequence[Member] = (),
     ) -> list[Member]:
         """The tracked ones of these members.
 
         Args:
             members: Of the model.
             tracked: Names that stay tracked though their parameters are frozen now.
+            others: A teacher's, whose names a pattern may mean as well.
 
         Raises:
             ValueError: A pattern matches no name, the model has no parameters, or none is left.
         """
-        names = [member.name for member in members]
+        names = [member.name for member in (*members, *others)]
         for what, patterns in (("include", self.include or ()), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
@@ -382,7 +386,7 @@ class Selection:
                         f"fused_ema.EMAManager: {what} pattern '{pattern}' matches none of the "
                         f"model's {len(names)} names: {shown(names)}"
                     )
-        buffers = [member.name for member in members if member.is_buffer]
+        buffers = [member.name for member in (*members, *others) if member.is_buffer]
         for pattern, _ in self.buffers.patterns:
             if not any(fnmatchcase(name, pattern) for name in buffers):
                 raise ValueError(
@@ -405,6 +409,10 @@ class Selection:
         if not self.skip_frozen:
             return []
         return [m for m in members if m.name not in tracked and self._has(m, is_tracked=True)]
+
+    def means(self, member: Member) -> bool:
+        """Whether patterns and modes would track it, were it the model's."""
+        return self._has(member, is_tracked=True)
 
     def _has(self, member: Member, is_tracked: bool) -> bool:
         if is_quantised(member.tensor) and not member.tensor.requires_grad:

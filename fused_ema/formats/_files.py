@@ -29,9 +29,18 @@ class Foreign:
         pass
 
 
+class _Dictionary:
+    """Stands for a dictionary of another class, and becomes a plain one."""
+
+    def __new__(cls, *args: Any) -> Any:
+        return {}
+
+
 def _foreign(full_name: str) -> Any:
     if full_name == "collections.defaultdict":
         return lambda *args: {}
+    if full_name == "dnnlib.util.EasyDict":  # The progress in EDM2's checkpoints.
+        return type("_EasyDict", (_Dictionary,), {})
     return type("_Foreign", (Foreign,), {"full_name": full_name})
 
 

@@ -72,12 +72,23 @@ class Pairs:
                 with torch.inference_mode(False):
                     self._stages[i] = torch.empty_like(b, device=a.device)
         self._plan = self._make_plan()
+        self._narrow: tuple[object, bool] | None = None
         self._marks = _storage.make_marks()
 
     @property
     def are_mixed(self) -> bool:
         """Whether an average has another dtype than its param."""
         return any(a != b for a, b in self.dtypes)
+
+    def are_narrow_on_cpu(self) -> bool:
+        """Whether any average has 16 bits and lies in the host's memory."""
+        # Modules are converted and moved whole, so one tensor tells of it.
+        first = self._all[0][0] if self._all else None
+        state = self._plan._num_refreshes, first is not None and (first.dtype, first.device)
+        if self._narrow is None or self._narrow[0] != state:
+            is_any = any(a.itemsize == 2 and a.device.type == "cpu" for a, _ in self.floats)
+            self._narrow = state, is_any
+        return self._narrow[1]
 
     def _is_torchs(self, place: int) -> bool:
         a, b, _ = self._all[place]

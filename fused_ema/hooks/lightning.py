@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from fused_ema import _shards, _steps, _tracking, state
 from fused_ema._tracking import BufferMode
 from fused_ema.hooks import _options, _sharded, required
+from fused_ema.hooks._made import MakesManager
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -51,7 +52,7 @@ _ENGINE_KEY = "engine"
 _EPOCH_KEY = "latest_update_epoch"
 
 
-class EMA(_Callback):
+class EMA(MakesManager, _Callback):
     """Averages the weights during ``fit``; validation, testing and prediction see the average.
 
     An update runs at the end of a batch in which an optimizer made a step: with
@@ -235,6 +236,7 @@ class EMA(_Callback):
         optimizers = [optimizer for optimizer in found if optimizer is not None]
         self._handles = [opt.register_step_post_hook(self._note_step) for opt in optimizers]
         self._asks_optimizers = bool(optimizers) and len(optimizers) == len(trainer.optimizers)
+        self._tell_made(manager)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Takes the steps of a resumed run as seen."""

@@ -29,17 +29,19 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fused_ema import _checks, _storage, _tracking
+from fused_ema import _checks, _storage, _tracking, schedules
 from fused_ema.hooks import required
 from fused_ema.hooks._pairs import Follower, Pairs
+from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
+from fused_ema.posthoc import Snapshots
 
 _PACKAGE = "mmengine (0.10)"
 _models: Any = required("mmengine.model", "mmengine", _PACKAGE)
@@ -58,6 +60,7 @@ __all__ = [
     "FusedEMAHook",
     "FusedExponentialMovingAverage",
     "FusedMomentumAnnealingEMA",
+    "FusedSnapshotHook",
     "FusedStochasticWeightAverage",
 ]
 
@@ -682,6 +685,111 @@ class FusedEMAHook(_EMAHook):  # type: ignore[misc]
                 logger="current",
                 level=logging.WARNING,
             )
+
+
+@_registry.HOOKS.register_module()
+class FusedSnapshotHook(_hooks.Hook):  # type: ignore[misc]
+    """Keeps averages of its own, and saves them for :func:`fused_ema.posthoc.reconstruct`.
+
+    Beside an EMA hook or without one; it never writes to the model::
+
+        custom_hooks = [dict(type="FusedSnapshotHook", folder="snapshots", every=1000)]
+
+    A checkpoint has the averages under ``fused_ema_snapshots``; a run that is resumed from one
+    without them is an error.
+
+    Args:
+        folder: As of :class:`fused_ema.posthoc.Snapshots`.
+        every: The same.
+        std: The widths of the averages, power functions: :func:`fused_ema.schedules.power`.
+        interval: Iterations from update to update.
+        **options: For Snapshots.
+
+    Raises:
+        TypeError: As Snapshots.
+        ValueError: As Snapshots and ``schedules.power``; when training starts.
+    """
+
+    priority = "NORMAL"
+    _KEY = "fused_ema_snapshots"
+
+    def __init__(
+        self,
+        folder: str,
+        every: int | None = None,
+        std: Sequence[float] = (0.05, 0.10),
+        interval: int = 1,
+        **options: Any,
+    ) -> None:
+        self._schedules = [schedules.power(one, interval) for one in std]
+        self._interval = interval
+        self._options = {"folder": folder, "every": every, **options}
+        self._managers: list[EMAManager] = []
+        self._snapshots: Snapshots | None = None
+        self._pending: Mapping[str, Any] | None = None
+
+    def before_train(self, runner: Any) -> None:
+        """Makes the averages of the model, whose weights are loaded by now.
+
+        Args:
+            runner: MMEngine's Runner.
+
+        Raises:
+            ValueError: The checkpoint that is resumed has no such averages, or of another model.
+        """
+        self._managers = [
+            EMAManager(runner.model, momentum_fun=one, interval=self._interval, buffers="average")
+            for one in self._schedules
+        ]
+        self._snapshots = Snapshots(self._managers, **self._options)
+        pending, self._pending = self._pending, None
+        if runner.iter > 0:
+            if pending is None or len(pending["managers"]) != len(self._managers):
+                has = 0 if pending is None else len(pending["managers"])
+                raise ValueError(
+                    f"fused_ema.FusedSnapshotHook: training resumes at iteration {runner.iter} "
+                    f"from a checkpoint with {has} averages for snapshots, and std has "
+                    f"{len(self._managers)}; resume one that was saved with this hook"
+                )
+            for manager, state in zip(self._managers, pending["managers"], strict=True):
+                manager.load_state_dict(state)
+            self._snapshots.load_state_dict(pending["snapshots"])
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Updates the averages, and saves them where it is time.
+
+        Args:
+            runner: MMEngine's Runner.
+            batch_idx: Unused.
+            data_batch: Unused.
+            outputs: Unused.
+        """
+        for manager in self._managers:
+            manager.update(runner.iter)
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds the averages.
+
+        Args:
+            runner: MMEngine's Runner.
+            checkpoint: What is saved.
+        """
+        if self._snapshots is not None:
+            checkpoint[self._KEY] = {
+                "managers": [manager.state_dict() for manager in self._managers],
+                "snapshots": self._snapshots.state_dict(),
+            }
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Keeps them for the training that starts.
+
+        Args:
+            runner: MMEngine's Runner.
+            checkpoint: What was loaded.
+        """
+        self._pending = checkpoint.get(self._KEY)
 
 
 def _own_name(name: str) -> str:

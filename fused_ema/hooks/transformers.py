@@ -35,6 +35,7 @@ import torch
 from fused_ema._tracking import BufferMode
 from fused_ema.formats._files import Replacing
 from fused_ema.hooks import _options, _sharded, required
+from fused_ema.hooks._made import MakesManager
 from fused_ema.manager import EMAManager
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -63,7 +64,7 @@ _STEP_KEY = "global_step"
 _MANAGER_KEY = "manager"
 
 
-class EMACallback(_Callback):
+class EMACallback(MakesManager, _Callback):
     """Averages the weights in ``Trainer.train()``; ``evaluate`` and ``predict`` see the average.
 
     A ``Trainer`` has no event before an evaluation, and tells no callback which checkpoint it
@@ -248,6 +249,7 @@ class EMACallback(_Callback):
             else:
                 _load(manager, where, state.global_step)
         self._manager = manager
+        self._tell_made(manager)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates where the step was made."""

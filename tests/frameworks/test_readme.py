@@ -351,6 +351,6 @@ def test_deepspeed():
 
 
 def test_each_row_has_a_test():
-    source = Path(__file__).read_text()
-    assert len(ROWS) == 13
+    source = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    assert len(ROWS) == 18
     assert [row for row in ROWS if f'"{row}"' not in source] == []

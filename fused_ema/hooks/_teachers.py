@@ -1,0 +1,141 @@
+"""The pairs of two modules, kept for functions that are given the modules at each call."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from types import GeneratorType
+from typing import Any
+
+from torch import Tensor, nn
+
+from fused_ema import _shards, _tracking
+from fused_ema.hooks import _pairs
+
+
+class Kept:
+    """The pairs of a model and its teacher, with the dicts that hold them, but not the modules.
+
+    Args:
+        pairs: What was found.
+        model: The model.
+        teacher: Where it is a module of its own.
+    """
+
+    def __init__(
+        self, pairs: _pairs.Pairs, model: nn.Module, teacher: nn.Module | None = None
+    ) -> None:
+        self._model = weakref.ref(model)
+        self.pairs = pairs
+        owned: list[dict[str, Any]] = [
+            own
+            for root in (model,) + (() if teacher is None else (teacher,))
+            for module in root.modules()
+            for own in (module._parameters, module._modules)
+            if isinstance(own, dict)  # A ScriptModule's are none; they don't change.
+        ]
+        held: list[list[object]] = [[*chain.from_iterable(own.items())] for own in owned]
+        self._watch = _tracking.Watch(tuple(owned), tuple(held))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether it is that model, and neither of the two holds anything else."""
+        return self._model() is model and not self._watch.changed()
+
+
+# By teacher, so that nothing outlives it.
+_kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+
+
+def params_of(where: str, model: nn.Module, teacher: nn.Module) -> _pairs.Pairs:
+    """The pairs of their parameters, by order; found again where either holds others.
+
+    Raises:
+        TypeError: A module that is none, or a parameter that isn't floating-point.
+        ValueError: They have different numbers of parameters, or other shapes; they share some;
+            ZeRO-3 has partitioned one.
+    """
+    kept = _kept.get(teacher) if isinstance(teacher, nn.Module) else None
+    if kept is None or not kept.is_of(model):
+        kept = _kept[teacher] = Kept(pairs_of(where, model, teacher), model, teacher)
+    return kept.pairs
+
+
+def pairs_of(where: str, model: nn.Module, teacher: nn.Module) -> _pairs.Pairs:
+    """The same, made anew."""
+    for side, module in (("model", model), ("teacher", teacher)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"fused_ema.{where}: the {side} is a {type(module).__name__}; pass a "
+                "torch.nn.Module"
+            )
+    live, averaged = dict(model.named_parameters()), list(teacher.parameters())
+    if len(live) != len(averaged):
+        raise ValueError(
+            f"fused_ema.{where}: the teacher has {len(averaged)} parameters but the model has "
+            f"{len(live)}; pass the two that belong together, or fused_ema.EMAManager of a part"
+        )
+    return checked_pairs(
+        where, [(a, p, name) for a, (name, p) in zip(averaged, live.items(), strict=True)]
+    )
+
+
+def checked_pairs(where: str, found: Sequence[tuple[Tensor, Tensor, str]]) -> _pairs.Pairs:
+    """Of averages, the parameters that they follow, and names."""
+    for averaged, live, name in found:
+        for tensor in (averaged, live):
+            if _shards.is_partitioned(tensor):
+                raise ValueError(
+                    f"fused_ema.{where}: '{name}' is partitioned by ZeRO-3, so that this rank "
+                    "holds a shard; use ZeRO-1 or 2, or the framework's own, which gathers both"
+                )
+            if not tensor.is_floating_point():
+                raise TypeError(
+                    f"fused_ema.{where}: '{name}' is {tensor.dtype}, of which there is no average; "
+                    "pass modules whose parameters are floating-point"
+                )
+    return _pairs.Pairs(
+        [averaged for averaged, _, _ in found],
+        [live for _, live, _ in found],
+        [name for _, _, name in found],
+        converts=True,
+    )
+
+
+_code = nn.Module.parameters.__code__
+
+if sys.version_info >= (3, 11):
+
+    def has_begun(generator: GeneratorType[Any, Any, Any]) -> bool:
+        """Whether anything was taken from it; inspect's function takes three times as long."""
+        return generator.gi_frame is None or generator.gi_suspended or generator.gi_running
+else:
+
+    def has_begun(generator: GeneratorType[Any, Any, Any]) -> bool:
+        """Whether anything was taken from it."""
+        return inspect.getgeneratorstate(generator) != inspect.GEN_CREATED
+
+
+def modules_of(*lists: Iterable[Tensor]) -> list[nn.Module] | None:
+    """The modules whose ``parameters()`` these are, all of them; they are used up then.
+
+    Their frames say so: to walk the modules is what takes the time. None where any is something
+    else, or something was taken from it.
+    """
+    modules = []
+    for params in lists:
+        if (
+            not isinstance(params, GeneratorType)
+            or params.gi_code is not _code
+            or has_begun(params)
+        ):
+            return None
+        given = params.gi_frame.f_locals  # type: ignore[union-attr]
+        if not given["recurse"]:
+            return None
+        modules.append(given["self"])
+    for params in lists:
+        params.close()  # type: ignore[attr-defined]
+    return modules
