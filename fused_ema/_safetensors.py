@@ -7,6 +7,7 @@ import json
 import math
 import mmap
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -247,7 +248,8 @@ def release_mapped(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
         begin, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
     end = begin + num_bytes
     # Of anonymous memory this would be the end.
-    if not any(low <= begin and end <= high for low, high in mapped):
+    i = bisect_right(mapped, begin, key=lambda range_: range_[0]) - 1
+    if i < 0 or end > mapped[i][1]:
         return
     page = mmap.PAGESIZE
     begin, end = -(-begin // page) * page, end // page * page

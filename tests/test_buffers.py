@@ -60,7 +60,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("mode", EXPECTED)
-@pytest.mark.parametrize("form", ["lerp", "mul_add"])
+@pytest.mark.parametrize("form", ["lerp", "mul_add", "two_products"])
 def test_modes(mode, form):
     model, emas = after_two_updates(buffers=mode, form=form)
     for name, value in EXPECTED[mode].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 from pathlib import Path
 
@@ -60,7 +61,10 @@ def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
 
-@pytest.mark.parametrize("page", ["index", "settings", "plans", "checkpoints"])
+PAGES = ["index", "settings", "plans", "checkpoints", "choosing-an-average", "teachers"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_shows_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
@@ -72,6 +76,13 @@ def test_what_a_page_shows_runs(page, tmp_path, monkeypatch):
         was = names["averages"][0].clone()
         names["plan"].update(0.25)
         assert torch.equal(names["averages"][0], was.lerp(names["params"][0], 0.25))
+    if page == "teachers":
+        student, teacher = names["model"]["student"], names["model"]["teacher"]
+        with torch.no_grad():
+            student[0].weight.add_(1)
+        want = teacher[0].weight.lerp(student[0].weight, 0.004)
+        names["ema"].update()
+        assert torch.equal(teacher[0].weight, want)
 
 
 def test_links_lead_somewhere():
@@ -112,3 +123,25 @@ def test_scale_by_hand():
     # 671e9 x (4 + 4) bytes / 32 are 168 GB; x (2 + 2) / 16 too.
     assert cells["671B", "fp32, fp32 params"][scale.GPUS.index(32)] == "-"
     assert cells["671B", "bf16, bf16 params *"][scale.GPUS.index(16)] == "-"
+
+
+# ---- docs/choosing-an-average.md
+
+
+def test_the_tables_of_averages_are_computed(capsys):
+    assert bench(["averages"]) == 0
+    tables = capsys.readouterr().out.strip().split("\n\n")
+    assert len(tables) == 3
+    page = (DOCS / "choosing-an-average.md").read_text()
+    for table in tables:
+        assert table in page
+
+
+def test_what_the_page_says_of_digits():
+    record = json.loads((README.parent / "bench/results/cpu_epyc_2cores_posthoc.json").read_text())
+    by_std = {row["std"]: row for row in record["curve"]}
+    best = max(record["curve"], key=lambda row: row["accuracy"])
+    assert by_std[0.15]["accuracy"] == best["accuracy"]
+    assert (f"{best['accuracy']:.1%}", f"{record['raw']['accuracy']:.1%}") == ("95.1%", "91.8%")
+    assert by_std[0.02]["loss"] > record["raw"]["loss"]
+    assert all(row["off_by"] < 1e-5 for row in record["kept"])

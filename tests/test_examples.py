@@ -19,6 +19,7 @@ from ranks import Ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_flatten_with_path
 
+from fused_ema import state
 from fused_ema.testing import assert_bits_equal
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +65,20 @@ def killed_after(line, folder):
         run.communicate()
 
 
+def test_posthoc_finds_a_length_and_leaves_its_average(tmp_path, monkeypatch, capsys):
+    example = runpy.run_path(str(ROOT / "examples" / "posthoc.py"))
+    monkeypatch.setattr(sys, "argv", ["posthoc.py", "--folder", str(tmp_path)])
+    example["main"]()
+    raw, *widths, best = capsys.readouterr().out.splitlines()
+    losses = {float(std): float(x) for line in widths for std, x in [line.split()[1:4:2]]}
+    assert list(losses) == list(example["WIDTHS"])
+    chosen = float(re.search(r"best: std ([\d.]+),", best)[1])
+    assert losses[chosen] == min(losses.values()) < 0.6 * float(raw.split()[-1])
+    model = example["make_model"]()
+    model.load_state_dict(state.read(tmp_path / "best.safetensors").ema)
+    assert example["loss_of"](model) == pytest.approx(losses[chosen], abs=6e-5)
+
+
 @pytest.fixture
 def two():
     ranks = Ranks(2)
@@ -103,3 +118,27 @@ def test_fsdp2_killed_and_resumed_on_as_many_processes_or_more(two, three, tmp_p
             assert_bits_equal(actual[path], value, str(path))
         else:
             assert actual[path] == value, path
+
+
+@pytest.fixture
+def one_thread():
+    """Networks this small wait for a second one longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_mean_teacher_adds_to_what_the_labels_teach(one_thread):
+    train = runpy.run_path(str(ROOT / "examples" / "teacher.py"))["train"]
+    alone, _ = train(weight=0)
+    student, teacher = train()
+    assert 0.7 < alone < min(student, teacher)
+
+
+@pytest.mark.parametrize("is_hard", [False, True], ids=["averaged", "copied"])
+def test_a_target_network_leads_to_the_end_of_the_corridor(is_hard, one_thread):
+    train = runpy.run_path(str(ROOT / "examples" / "target_network.py"))["train"]
+    assert train(steps=0, is_hard=is_hard) < 0
+    # The shortest walks have 4 steps on the average, each of which costs 0.01.
+    assert train(is_hard=is_hard) == pytest.approx(0.96, abs=0.02)

@@ -76,6 +76,21 @@ def test_the_bits_of_the_reference_loop(backend, dtype, interval, skip_buffers, 
     assert (ema.iteration, ema.num_updates) == (7, 7 // interval)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_products_are_the_bits_of_the_formula(backend, dtype):
+    model = Net(dtype)
+    ema = EMAManager(model, 0.02, skip_buffers=True, form="two_products")
+    expected = {name: p.detach().float() for name, p in model.named_parameters()}
+    for step in range(4):
+        move(model, step)
+        ema.update()
+        for name, p in model.named_parameters():  # A bf16 product is rounded to bf16 first.
+            expected[name] = (1 - 0.02) * expected[name] + 0.02 * p.detach()
+    emas = dict(ema.named_emas())
+    for name, want in expected.items():
+        assert_bits_equal(emas[name], want, name)
+
+
 def test_the_default_form_is_lerp_and_the_default_momentum_the_reference_s(backend, device):
     model = Net().to(device)
     ema = EMAManager(model, buffers="average")
