@@ -80,7 +80,7 @@ def test_the_bits_of_the_reference_loop(backend, dtype, interval, skip_buffers, 
 def test_two_products_are_the_bits_of_the_formula(backend, dtype):
     model = Net(dtype)
     ema = EMAManager(model, 0.02, skip_buffers=True, form="two_products")
-    expected = {name: p.detach().float() for name, p in model.named_parameters()}
+    expected = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     for step in range(4):
         move(model, step)
         ema.update()
