@@ -139,7 +139,7 @@ class EMAManager:
             it becomes what torch makes of it. Each update then looks at the params first, and waits
             for their device.
         telemetry: True, or a number n for each n-th update: measure what :meth:`telemetry` returns.
-            A measured update takes several times as long, and a copy of the averages meanwhile.
+            A measured update takes many times as long, and a copy of the averages meanwhile.
         decay: Not taken; the error says which momentum it is.
 
     Raises:
