@@ -201,7 +201,7 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        self.num += "_local_scalar_dense" in name or "nonzero" in name
+        self.num += name in ("aten::_local_scalar_dense", "aten::nonzero")
         return func(*args, **(kwargs or {}))
 
 
