@@ -564,7 +564,7 @@ def test_no_average_in_it(tmp_path):
 def test_states_of_the_future_and_cut_ones():
     own = state.pack(1, 1, {"a": torch.ones(1)}, {}, False)
     with pytest.raises(FormatError, match="update fused_ema"):
-        state.read({**own, "version": 2})
+        state.read({**own, "version": 3})
     del own["iteration"]
     with pytest.raises(FormatError, match="has no 'iteration'"):
         state.read(own)
