@@ -759,7 +759,7 @@ BAD = {
     "interval 1.5": (lambda: EMAManager(Net(), interval=1.5), ValueError, "interval is 1.5"),
     "interval True": (lambda: EMAManager(Net(), interval=True), ValueError, "interval is True"),
     "begin -1": (lambda: EMAManager(Net(), begin=-1), ValueError, "begin is -1; .* from 0"),
-    "form": (lambda: EMAManager(Net(), form="ema"), ValueError, "form is 'ema'; choose 'lerp' or"),
+    "form": (lambda: EMAManager(Net(), form="ema"), ValueError, "form is 'ema'; choose 'lerp',"),
     "model": (lambda: EMAManager([Net()]), TypeError, r"model is a list; pass a torch\.nn\.Module"),
     "no parameters": (lambda: EMAManager(nn.ReLU()), ValueError, "the model has no parameters"),
     "only buffers": (
