@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fused_ema import _safetensors, formats
 from fused_ema._foreach import dtype_name
+from fused_ema._format_errors import SeveralAveragesError
 from fused_ema._progress import Progress, shown_size
 from fused_ema._version import __version__
 from fused_ema.formats._files import load
@@ -87,8 +88,18 @@ def _inspect(args: argparse.Namespace) -> None:
     if _cli.is_folder_of_snapshots(args.file):
         print("\n".join(_cli.describe(args.file, args.run, args.profiles)))
         return
-    found = formats._read(args.file, _source(args.file, args, numbered=True))
-    print("\n".join(describe(args.file, found)))
+    source = _source(args.file, args, numbered=True)
+    try:
+        found = {"": formats._read(args.file, source)}
+    except SeveralAveragesError as several:
+        found = {
+            name: formats._read(args.file, replace(source, average=name)) for name in several.names
+        }
+    blocks = []
+    for name, one in found.items():
+        title = [f"{'average':<12}{name}"] if name else []
+        blocks.append("\n".join(title + describe(args.file, one)))
+    print("\n\n".join(blocks))
 
 
 # ---- convert
@@ -104,6 +115,7 @@ def _source(path: Path, args: argparse.Namespace, numbered: bool) -> Source:
         args.format,
         key=args.key,
         variant=args.variant,
+        average=args.average,
     )
 
 
@@ -188,6 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--key", default="", help="read what is under this key; a.b within keys, a.0 in a list")
     add("--prefix", default="", help="take only names that begin so, without it")
     add("--variant", help="a folder of diffusers: which of its weights, such as fp16")
+    add("--average", metavar="NAME", help="of a manager's state that has several averages: which")
     add(
         "--model-names",
         type=Path,

@@ -32,14 +32,15 @@ def fraction(where: str, name: str, value: float) -> float:
     return checked
 
 
-def momentum(where: str, value: float) -> float:
+def momentum(where: str, value: float, name: str = "momentum") -> float:
     """A constant momentum, between 0 and 1, both excluded."""
-    checked = number(where, "momentum", value)
+    checked = number(where, name, value)
     if not 0 < checked < 1:  # false for NaN too
+        way = "momentum_fun=" if name == "momentum" else ""
         raise ValueError(
-            f"fused_ema.{where}: momentum is {value}; it is the weight of the new value and must "
+            f"fused_ema.{where}: {name} is {value}; it is the weight of the new value and must "
             "be between 0 and 1 (1 - decay, where you know it as a decay)"
-            + ("; to copy, momentum_fun=fused_ema.schedules.constant(1.0)" if checked == 1 else "")
+            + (f"; to copy, {way}fused_ema.schedules.constant(1.0)" if checked == 1 else "")
         )
     return checked
 
@@ -53,11 +54,11 @@ def decay_given(where: str, decay: object) -> str:
     )
 
 
-def warn_of_decay(where: str, momentum: float, stacklevel: int) -> None:
+def warn_of_decay(where: str, momentum: float, stacklevel: int, name: str = "momentum") -> None:
     """Warns of a constant momentum that averages next to nothing: above 0.5, but for a copy's 1."""
     if 0.5 < momentum < 1:
         warnings.warn(
-            f"fused_ema.{where}: momentum is {momentum}, so each update takes {momentum:.4g} of "
+            f"fused_ema.{where}: {name} is {momentum}, so each update takes {momentum:.4g} of "
             f"the new value and keeps {1 - momentum:.4g} of the average; if it is a decay, pass "
             f"momentum={1 - momentum:.12g}",
             UserWarning,

@@ -16,6 +16,18 @@ class FormatError(ValueError):
     """A checkpoint that can't be read, told apart or written as asked."""
 
 
+class SeveralAveragesError(FormatError):
+    """A state of averages with names, of which none was chosen."""
+
+    def __init__(self, where: str, names: Sequence[str]) -> None:
+        shown = ", ".join(f"'{name}'" for name in names)
+        super().__init__(
+            f"{READ}: {where} has {len(names)} averages, {shown}; read the one you want: average= "
+            "(--average)"
+        )
+        self.names = list(names)
+
+
 def refuse(what: str, problems: Sequence[str]) -> NoReturn:
     raise FormatError(f"{what}:\n  " + "\n  ".join(_checks.listed(problems)))
 

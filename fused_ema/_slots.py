@@ -38,7 +38,8 @@ class Slot:
         members: The model's tensors that are this memory; the first stands for all.
         kind: What an update does with it.
         reason: Why, for a reader.
-        ema: In the strides of what it follows.
+        emas: One for each average, in the strides of what it follows. What isn't averaged has one,
+            which stands for each.
         stage: Where the ema is on another device: room for those values there.
         param_device: Where the param was when the ema was made.
         given: What is averaged in the param's place; None for the param itself.
@@ -50,7 +51,7 @@ class Slot:
     members: tuple[Member, ...]
     kind: Kind
     reason: str
-    ema: Tensor
+    emas: list[Tensor]
     stage: Tensor | None
     param_device: torch.device
     given: Tensor | None = None
@@ -72,6 +73,16 @@ class Slot:
     def name(self) -> str:
         """The first of its names."""
         return self.members[0].name
+
+    @property
+    def ema(self) -> Tensor:
+        """The only one, or the first: in dtype, device and layout the others are the same."""
+        return self.emas[0]
+
+    @property
+    def own_emas(self) -> list[Tensor]:
+        """Each once, where one stands for several."""
+        return self.emas if self.kind == "average" else self.emas[:1]
 
     @property
     def param(self) -> Tensor:
@@ -166,6 +177,7 @@ class Tracked:
         )
         self.is_sharded = any(_shards.is_dtensor(member.tensor) for member in members)
         self.feed = feed
+        self.num_averages = len(slots[0].emas) if slots else 1
         self._given_shards = _shards.Shards([s.given for s in slots if s.given is not None])
 
     @cached_property
@@ -201,13 +213,39 @@ class Tracked:
 
     @cached_property
     def plan(self) -> Plan:
-        """Of the averaged slots that aren't loose. Raises what making a plan raises."""
+        """Of the averaged slots that aren't loose; of several averages the first's.
+
+        Raises what making a plan raises.
+        """
+        return self._plan_of(0)
+
+    @cached_property
+    def other_plans(self) -> list[Plan]:
+        """Those of the other averages."""
+        return [self._plan_of(k) for k in range(1, self.num_averages)]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """One for each average."""
+        return [self.plan, *self.other_plans]
+
+    def _plan_of(self, average: int) -> Plan:
         planned = [slot for slot in self.averaged if slot.in_plan]
         return Plan(
-            [slot.ema for slot in planned],
+            [slot.emas[average] for slot in planned],
             [slot.source for slot in planned],
             [slot.name for slot in planned],
         )
+
+    def check_plans(self) -> None:
+        """Raises what a call of any of them would raise now."""
+        for plan in self.plans:
+            plan._check()
+
+    def drop_plans(self) -> None:
+        """They are made anew where they are wanted."""
+        self.__dict__.pop("plan", None)
+        self.__dict__.pop("other_plans", None)
 
     @cached_property
     def _copies(self) -> Any:
@@ -227,12 +265,12 @@ class Tracked:
             slot.in_plan = False
         self.loose_copied = self.copied
 
-    def update(self, momentum: float, form: Form) -> None:
-        """Averages and copies: all of them, or none where an error is raised.
+    def update(self, momenta: Sequence[float], form: Form) -> None:
+        """Averages, by a momentum for each average, and copies: all, or none where it raises.
 
         After a failed copy from another device some may have been copied; it can be made again.
         """
-        if self.teacher is not None and momentum == 0:
+        if self.teacher is not None and momenta[0] == 0:
             self.plan._check()
             return  # Of lerp -0.0 would become 0.0, and NaN beside an infinite param.
         copies = self._checked_copies()
@@ -242,9 +280,9 @@ class Tracked:
             self.check_geometry("update", loose)
             early = [slot for slot in loose if not slot.exchanges()]
         if early:
-            self.plan._check()
+            self.check_plans()
             _storage.copy([slot.ema for slot in early], [slot.param for slot in early])
-        self._average(momentum, form)
+        self._average(momenta, form)
         # What is left can't fail any more.
         if copies is not None:
             copies.copy_to_ema()
@@ -264,15 +302,20 @@ class Tracked:
                 self._copies = copies = None
         return copies
 
-    def _average(self, momentum: float, form: Form) -> None:
-        if self.teacher is not None and momentum == 1:
+    def _average(self, momenta: Sequence[float], form: Form) -> None:
+        if self.teacher is not None and momenta[0] == 1:
             self._replace()
             return
+        others = self.other_plans
+        if self.loose or others:
+            self.check_plans()
         if self.loose:
-            self.plan._check()
-            emas, sources = [s.ema for s in self.loose], [s.source for s in self.loose]
-            ops._update(emas, sources, momentum, form)
-        self.plan._update(momentum, form)
+            sources = [slot.source for slot in self.loose]
+            for k, momentum in enumerate(momenta):
+                ops._update([slot.emas[k] for slot in self.loose], sources, momentum, form)
+        self.plan._update(momenta[0], form)
+        for k, plan in enumerate(others, 1):
+            plan._update(momenta[k], form)
 
     def _replace(self) -> None:
         """Copies the averaged ones: a teacher that has got infinite goes on, too."""
@@ -285,11 +328,14 @@ class Tracked:
         """Copies all: before the first average."""
         if self.followed or self.loose:
             self.check_geometry("update", self.followed)
-            self.plan._check()
+            self.check_plans()
             pairs = [(slot.ema, slot.param) for slot in self.followed]
-            pairs += [(slot.ema, slot.source) for slot in self.loose]
+            pairs += [(ema, slot.source) for slot in self.loose for ema in slot.emas]
             _storage.copy([ema for ema, _ in pairs], [values for _, values in pairs])
-        self.plan.copy_to_ema()
+        if self.other_plans:
+            self.check_plans()
+        for plan in self.plans:
+            plan.copy_to_ema()
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, Slot]]:
@@ -319,7 +365,10 @@ class Tracked:
                 slot.in_plan = False
                 is_averaged = slot.kind == "average"
                 (self.loose if is_averaged else self.loose_copied).append(slot)
-                self.__dict__.pop("plan" if is_averaged else "_copies", None)
+                if is_averaged:
+                    self.drop_plans()
+                else:
+                    self.__dict__.pop("_copies", None)
         return True
 
     def lay_anew(self) -> None:
@@ -336,18 +385,22 @@ class Tracked:
         ]
         if not slots:
             return
-        try:
-            emas = _storage.allocate(
-                [slot.followed for slot in slots],
-                [slot.ema.dtype for slot in slots],
-                [slot.ema.device for slot in slots],
-            )
-        except torch.OutOfMemoryError:
-            return  # It is as right as before, and as slow.
-        _storage.copy(emas, [slot.ema for slot in slots])
-        for slot, ema in zip(slots, emas, strict=True):
-            slot.ema = ema
-        self.__dict__.pop("plan", None)
+        made = []
+        for _ in range(self.num_averages):
+            try:
+                emas = _storage.allocate(
+                    [slot.followed for slot in slots],
+                    [slot.ema.dtype for slot in slots],
+                    [slot.ema.device for slot in slots],
+                )
+            except torch.OutOfMemoryError:
+                return  # It is as right as before, and as slow.
+            made.append(emas)
+        for k, emas in enumerate(made):
+            _storage.copy(emas, [slot.emas[k] for slot in slots])
+        for slot, *emas in zip(slots, *made, strict=True):
+            slot.emas = emas
+        self.drop_plans()
 
     def rebound(
         self, tree: Tree, now: Mapping[str, Member], teacher: Teacher | None = None
@@ -360,7 +413,7 @@ class Tracked:
         if teacher is not None:
             for slot in slots:
                 slot.target = teacher.targets[slot.name]
-                slot.ema = slot.target.local
+                slot.emas = [slot.target.local]
         members = [now.get(m.name, m) for m in self.members]
         return Tracked(tree, members, slots, self.feed, teacher or self.teacher)
 
@@ -399,7 +452,7 @@ class Tracked:
         slots = [replace(slot, given=source) for slot, source in pairs]
         tracked = Tracked(self.tree, self.members, slots, self.feed, self.teacher)
         tracked.lay_anew()
-        tracked.plan  # noqa: B018  What it refuses isn't taken.
+        tracked.plans  # noqa: B018  What they refuse isn't taken.
         if found is not None:
             self.feed.take(found)
         self.feed.prepare()
@@ -509,11 +562,13 @@ class Policy:
             the param is bfloat16 or float16, and the param's elsewhere.
         device: Of all emas; None for the param's.
         buffers: What becomes of each buffer.
+        num_averages: That are kept of each averaged tensor.
     """
 
     ema_dtype: torch.dtype | Literal["param"] | None
     device: torch.device | None
     buffers: Buffers
+    num_averages: int = 1
 
     def __post_init__(self) -> None:
         known = sorted({dtype_name(ema) for ema, _ in DTYPE_PAIRS})
@@ -620,19 +675,25 @@ class Policy:
             for param, target in zip(params, targets, strict=True)
         ]
         kept = {
-            i: slot.ema
+            i: slot.emas
             for i, slot in enumerate(before)
             if slot is not None
             and slot.name == groups[i][0].name  # Of tensors that were tied one goes on with it.
+            and (self.num_averages == 1 or (slot.kind == "average") == (kinds[i] == "average"))
             and _shards.is_laid_alike(slot.members[0].tensor, groups[i][0].tensor)
             and _has_room(slot.ema, followed[i], dtypes[i], devices[i])
         }
-        kept |= {i: target.local for i, target in enumerate(targets) if target is not None}
+        kept |= {i: [target.local] for i, target in enumerate(targets) if target is not None}
         new = [i for i in range(len(groups)) if i not in kept]
-        made = _storage.allocate(
-            [followed[i] for i in new], [dtypes[i] for i in new], [devices[i] for i in new]
-        )
-        emas = kept | dict(zip(new, made, strict=True))
+        # An allocation for each average: a swap and a snapshot take one.
+        made = []
+        for k in range(self.num_averages):
+            own = [i for i in new if k == 0 or kinds[i] == "average"]
+            fresh = _storage.allocate(
+                [followed[i] for i in own], [dtypes[i] for i in own], [devices[i] for i in own]
+            )
+            made.append(dict(zip(own, fresh, strict=True)))
+        emas = kept | {i: [its.get(i, made[0][i]) for its in made] for i in new}
         away = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
         stages = _storage.allocate(
             [followed[i] for i in away],
@@ -654,12 +715,13 @@ class Policy:
         ]
         tracked = Tracked(tree, members, slots, feed, teacher)
         # Now, so that what can't be averaged is an error at once, and nothing is made at an exit.
-        tracked.plan  # noqa: B018
+        tracked.plans  # noqa: B018
         tracked._copies  # noqa: B018
         if feed is not None:
             feed.take(found)
             feed.prepare()
-        _storage.copy(made, [followed[i] for i in new])
+        for its in made:
+            _storage.copy([*its.values()], [followed[i] for i in its])
         return tracked
 
     def _kind_of(self, member: Member) -> tuple[Kind, str]:

@@ -8,6 +8,10 @@
 - ``raw``: name to the model's own values while swapped, else empty;
 - ``ema_dtypes``: name to the dtype of the average, as ``"float32"``.
 
+A state of averages with names has the version 2. There ``ema`` is a dictionary of the averages'
+names to one such dictionary each, and ``is_swapped`` the name of the average that the model held,
+or False.
+
 Names are those of the model without wrappers; a tied tensor stands under each of its names. The
 settings of a manager (momentum, interval, ...) are not in its state: a resumed run follows those it
 is given.
@@ -26,6 +30,7 @@ from fused_ema import _checks, _shards
 from fused_ema._foreach import dtype_name, holds
 
 VERSION = 1
+NAMED_VERSION = 2  # fused_ema/_named_state.py
 
 VERSION_KEY = "version"
 ITERATION_KEY = "iteration"
@@ -142,14 +147,16 @@ def unpack(
     expected: Mapping[str, Expected],
     tied: Sequence[Sequence[str]],
     is_live: bool = False,
+    average: str = "",
 ) -> State:
-    """Checks a state against a model.
+    """Checks a state of one average against a model.
 
     Args:
         state: What :func:`pack` made, perhaps saved and loaded since.
         expected: Name to what must be there.
         tied: Names that are one tensor in the model.
         is_live: The state's averages are the manager's own tensors, written by a loader already.
+        average: Its name, for errors.
 
     Raises:
         TypeError: The state is no dictionary.
@@ -167,10 +174,12 @@ def unpack(
             f"{_TITLE}: '{VERSION_KEY}' is {version!r}, with the keys "
             f"{sorted(map(str, state))[:8]}; that is no state of an EMAManager"
         )
+    if version == NAMED_VERSION:
+        raise ValueError(f"{_TITLE}: the state has averages with names; this takes that of one")
     if version > VERSION:
         raise ValueError(
-            f"{_TITLE}: the state has version {version} but this fused_ema reads up to {VERSION}; "
-            "update fused_ema"
+            f"{_TITLE}: the state has version {version} but this fused_ema reads up to "
+            f"{NAMED_VERSION}; update fused_ema"
         )
     problems = [
         f"the key '{key}' is missing (a truncated state?)" for key in _KEYS if key not in state
@@ -190,8 +199,9 @@ def unpack(
         kept = "nothing was changed"
         if is_live:
             kept = "the loader has written the averages in place, nothing else was changed"
+        of = f" of the average '{average}'" if average else ""
         raise ValueError(
-            f"{_TITLE}: the state doesn't fit this model; {kept}:\n  "
+            f"{_TITLE}: the state{of} doesn't fit this model; {kept}:\n  "
             + "\n  ".join(_checks.listed(problems))
         )
     return State(

@@ -7,7 +7,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from functools import partial
 from operator import is_not
 from typing import Any, Literal, NamedTuple
 
@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fused_ema import (
+    _averages,
     _checks,
     _counters,
+    _named_state,
     _shards,
     _slots,
     _sources,
@@ -83,7 +85,10 @@ class EMAManager:
     Args:
         model: Its parameters and, unless ``skip_buffers``, its persistent buffers are tracked.
             May be wrapped or compiled.
-        momentum: The weight of the new value, between 0 and 1, both excluded.
+        momentum: The weight of the new value, between 0 and 1, both excluded. Or several averages
+            of the model: a dictionary of their names (letters, digits, ``_``, ``-``) to constants
+            and schedules, ``{"fast": 0.01, "wide": schedules.power(0.10)}``. Each is what a manager
+            of its own would keep; all else they share, buffers that aren't averaged too.
         interval: Iterations from update to update, a whole number from 1. The momentum is used as
             it is; :func:`fused_ema.schedules.composed` makes up for the interval.
         skip_buffers: Track parameters only.
@@ -156,7 +161,7 @@ class EMAManager:
     def __init__(
         self,
         model: nn.Module,
-        momentum: float = 0.0002,
+        momentum: _averages.Momenta = 0.0002,
         interval: int = 1,
         skip_buffers: bool = False,
         momentum_fun: Schedule | None = None,
@@ -180,11 +185,7 @@ class EMAManager:
             raise TypeError(_checks.decay_given("EMAManager", decay))
         if not isinstance(model, nn.Module):
             raise TypeError(f"{_TITLE}: model is a {type(model).__name__}; pass a torch.nn.Module")
-        if momentum_fun is not None and not callable(momentum_fun):
-            raise TypeError(
-                f"{_TITLE}: momentum_fun is a {type(momentum_fun).__name__}; pass a function of "
-                "the iteration, such as fused_ema.schedules.exponential()"
-            )
+        averages = _averages.Averages.parse(momentum, momentum_fun, is_teacher=into is not None)
         given = {"skip_buffers": skip_buffers, "copy_buffers": copy_buffers, "buffers": buffers}
         given = {name: value for name, value in given.items() if value}
         if len(given) > 1:
@@ -195,11 +196,7 @@ class EMAManager:
         self._model = model
         self._sources = sources
         self._into = _teacher.Into.parse(into, rename, start, ema_dtype=ema_dtype, device=device)
-        is_copy = self._into is not None and type(momentum) in (int, float) and momentum == 1
-        self._momentum = 1.0 if is_copy else _checks.momentum("EMAManager", momentum)
-        if momentum_fun is None:
-            _checks.warn_of_decay("EMAManager", self._momentum, stacklevel=2)
-        self._momentum_fun = momentum_fun
+        self._averages = averages
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
         self._form: Form = form
@@ -210,6 +207,7 @@ class EMAManager:
             ema_dtype,
             None if device is None else _checks.device("EMAManager", device),
             rules,
+            len(averages.names),
         )
         self._selection = _tracking.Selection(
             rules,
@@ -221,6 +219,8 @@ class EMAManager:
         self._num_updates = 0
         self._is_swapped = False
         self._in_context = False
+        # While swapped: which of the averages the model holds.
+        self._held = 0
         # While swapped: the raw values of the slots that aren't exchanged in place, by index.
         self._aside: dict[int, Tensor] = {}
         self._marks = _storage.make_marks()
@@ -235,7 +235,7 @@ class EMAManager:
         self._places: list[tuple[int, object]] = []
         self._tracked, self._frozen = self._track("")
         if self._into is not None:
-            constant = self._momentum if momentum_fun is None else 0.0
+            constant = averages.momentum_at(0, 0) if averages.is_constant(0) else 0.0
             self._into.warn_of_stall(constant, self._tracked.averaged_dtypes, level=2)
             staged = {s.name: (s.param, s.ema) for s in self._tracked.staged}
             self._into.warn_of_stages(staged, level=2)
@@ -279,8 +279,8 @@ class EMAManager:
         return tree, members, teacher
 
     def _settings(self) -> _shards.Fact:
-        momentum = self._momentum if self._momentum_fun is None else "a function"
-        text = f"momentum={momentum}, interval={self._interval}, begin={self._begin}, "
+        momenta = self._averages.settings()
+        text = f"momentum={momenta}, interval={self._interval}, begin={self._begin}, "
         text += f"form={self._form!r}, ema_dtype={self._policy.ema_dtype}"
         if self._into is not None:
             text += f", start={self._into.start!r}"
@@ -315,39 +315,44 @@ class EMAManager:
         return self._num_updates
 
     @property
-    def is_swapped(self) -> bool:
-        """Whether the model holds the ema."""
+    def averages(self) -> tuple[str, ...]:
+        """The names of the averages; empty where there is one, without a name."""
+        return self._averages.names if self._averages.is_named else ()
+
+    @property
+    def is_swapped(self) -> bool | str:
+        """Whether the model holds an average; of averages with names, which one: its name."""
+        if self._is_swapped and self._averages.is_named:
+            return self._averages.names[self._held]
         return self._is_swapped
 
-    def momentum_at(self, iteration: int) -> float:
+    def momentum_at(self, iteration: int, name: str | None = None) -> float:
         """The momentum of an update at a 0-based iteration.
+
+        Args:
+            iteration: That.
+            name: Of an average, where there are several.
 
         Raises:
             TypeError: ``momentum_fun`` returned no number.
-            ValueError: ``momentum_fun`` returned a number outside of [0, 1].
+            ValueError: ``momentum_fun`` returned a number outside of [0, 1]; there is no average of
+                that name, or there are several and none was named.
         """
-        if self._momentum_fun is None:
-            return self._momentum
-        momentum = self._momentum_fun(iteration)
-        if isinstance(momentum, bool) or not isinstance(momentum, (float, Real)):
-            raise TypeError(
-                f"{_TITLE}: momentum_fun({iteration}) returned a {type(momentum).__name__}; it "
-                "must return a number"
-            )
-        if not 0.0 <= momentum <= 1.0:  # false for NaN too
-            raise ValueError(
-                f"{_TITLE}: momentum_fun({iteration}) returned {momentum}; it is the weight of the "
-                "new value and must be in [0, 1]"
-            )
-        return float(momentum)
+        return self._averages.momentum_at(self._averages.index("momentum_at", name), iteration)
 
-    def named_emas(self) -> Iterator[tuple[str, Tensor]]:
+    def named_emas(self, name: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yields each name and its average; tied tensors under each of their names.
 
         They are the live ones, and each saves at its own size. While swapped the averages are the
         model's own tensors, where those are of the same dtype.
+
+        Args:
+            name: Of an average, where there are several.
+
+        Raises:
+            ValueError: There is none of that name, or there are several and none was named.
         """
-        yield from self._emas().items()
+        yield from self._emas(self._averages.index("named_emas", name)).items()
 
     def describe(self) -> dict[str, str]:
         """What an update does with each tensor, and why, by name: ``"averaged: a parameter"``.
@@ -359,7 +364,6 @@ class EMAManager:
         return {member.name: treatments[member.name] for member in self._tracked.members}
 
     def __repr__(self) -> str:
-        momentum = self._momentum if self._momentum_fun is None else self._momentum_fun
         num_elements = sum(slot.members[0].tensor.numel() for slot in self._tracked.slots)
         tracked = self._tracked
         others = {"copied": tracked.copied, "kept": [s for s in tracked.slots if s.kind == "keep"]}
@@ -368,10 +372,15 @@ class EMAManager:
         return (
             f"EMAManager({len(tracked.slots):,} tensors, {num_elements:,} elements{parts}, "
             f"{'' if self._into is None else f'into a {type(self._into.module).__name__}, '}"
-            f"momentum={momentum}, interval={self._interval}, form={self._form!r}, "
+            f"momentum={self._averages.shown()}, interval={self._interval}, form={self._form!r}, "
             f"iteration={self._iteration}, num_updates={self._num_updates}"
-            f"{', swapped' if self._is_swapped else ''})"
+            f"{self._swapped_text()})"
         )
+
+    def _swapped_text(self) -> str:
+        if not self._is_swapped:
+            return ""
+        return f", swapped with '{self.is_swapped}'" if self.averages else ", swapped"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
@@ -404,7 +413,7 @@ class EMAManager:
         if i < self._begin:
             self._apply(None)
         elif (i + 1) % self._interval == 0:
-            self._apply(self.momentum_at(i))
+            self._apply(self._averages.momenta_at(i))
             self._num_updates += 1
         self._iteration = i + 1
         for call in self._after_update:
@@ -502,8 +511,8 @@ class EMAManager:
                 trained[slot.name] = tensors + ([] if slot.given is None else [slot.given])
         return trained
 
-    def _apply(self, momentum: float | None) -> None:
-        """Averages with that momentum, or copies everything where there is none."""
+    def _apply(self, momenta: Sequence[float] | None) -> None:
+        """Averages, with a momentum for each average, or copies everything where there are none."""
         tracked = self._tracked
         if tracked.teacher is not None:
             tracked.teacher.prepare("update")
@@ -517,16 +526,16 @@ class EMAManager:
         if tracked.tied:
             tracked.check_geometry("update", tracked.tied)
         if (teacher := tracked.teacher) is not None:
-            teacher.warn(momentum, tracked.averaged_dtypes)
+            teacher.warn(None if momenta is None else momenta[0], tracked.averaged_dtypes)
         try:
             plan = tracked.plan
             num_refreshes = plan._num_refreshes
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.followed for slot in staged])
-            if momentum is None:
+            if momenta is None:
                 tracked.follow()
             else:
-                tracked.update(momentum, self._form)
+                tracked.update(momenta, self._form)
         except (TypeError, ValueError, RuntimeError):
             tracked.check_geometry("update")  # Says it in the model's words.
             tracked.check_pairs("update")
@@ -539,7 +548,7 @@ class EMAManager:
     # ---- for evaluation
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self, name: str | None = None) -> Iterator[None]:
         """The model holds the ema inside of the ``with``, and its raw weights again after it.
 
         Whatever is raised inside, the raw weights come back. Nothing is allocated where ema and
@@ -548,13 +557,18 @@ class EMAManager:
         model, so that the ema itself loses nothing; what is written to such a param meanwhile is
         dropped, but to an averaged buffer, whose new statistics (``update_bn``) the ema takes.
 
+        Args:
+            name: Of the average, where there are several; the others stay as they are.
+
         Raises:
             RuntimeError: The model is swapped already, or its parameters were replaced or added.
-            ValueError: A param was resized, or moved to another device.
+            ValueError: A param was resized, or moved to another device; there is no average of that
+                name, or there are several and none was named.
         """
+        average = self._averages.index("swapped", name)
         self._refuse_if_swapped("swapped")
         try:
-            self._swap_in("swapped")
+            self._swap_in("swapped", average)
             self._in_context = True
             yield
         finally:
@@ -567,23 +581,36 @@ class EMAManager:
                         self._swap_out("swapped")
                     raise
 
-    def swap(self) -> None:
+    def swap(self, name: str | None = None) -> None:
         """Exchanges the ema and the model's weights; a second call brings them back.
 
         Inside of :meth:`swapped` it brings back the raw weights, and leaving then changes nothing:
         the way out of a context that can't be left any more.
 
+        Args:
+            name: Of the average, where there are several; to bring the weights back it may be left
+                out.
+
         Raises:
-            RuntimeError: Parameters were replaced or added.
-            ValueError: A param was resized, or moved to another device.
+            RuntimeError: Parameters were replaced or added; the model holds another average than
+                the one that was named.
+            ValueError: A param was resized, or moved to another device; there is no average of that
+                name, or there are several and none was named.
         """
         if self._is_swapped:
+            if name is not None and self._averages.index("swap", name) != self._held:
+                raise RuntimeError(
+                    f"{_TITLE}.swap: the model holds '{self.is_swapped}', not '{name}'; "
+                    f"{self._way_back()} first"
+                )
             self._swap_out("swap")
         else:
+            average = self._averages.index("swap", name)
             self._refuse_if_another_is_swapped("swap")
-            self._swap_in("swap")
+            self._swap_in("swap", average)
 
-    def _swap_in(self, op: str) -> None:
+    def _swap_in(self, op: str, average: int) -> None:
+        self._held = average
         tracked = self._follow(op)
         tracked.check_geometry(op)
         slots = tracked.slots
@@ -592,7 +619,8 @@ class EMAManager:
         room = _slots.room_for_raw([slots[i] for i in others])
         _storage.copy(room, [slots[i].param for i in others])
         writes = [
-            _Write(slots[i].param, slots[i].ema, raw) for i, raw in zip(others, room, strict=True)
+            _Write(slots[i].param, slots[i].emas[average], raw)
+            for i, raw in zip(others, room, strict=True)
         ]
         try:
             with tracked.writable():
@@ -611,7 +639,7 @@ class EMAManager:
         slots, aside = tracked.slots, self._aside
         writes = []
         for i, raw in aside.items():
-            param, ema = slots[i].param.detach(), slots[i].ema
+            param, ema = slots[i].param.detach(), slots[i].emas[self._held]
             writes.append(_Write(slots[i].param, raw, ema))
             is_statistic = slots[i].kind == "average" and slots[i].members[0].is_buffer
             # Not of a loaded state, beside which the model holds anything.
@@ -624,8 +652,9 @@ class EMAManager:
         for i, slot in enumerate(slots):
             # Converted while it held the ema: each side takes the other's values in its own dtype.
             if i not in aside and slot.ema.dtype != slot.param.dtype:
-                raw, ema = slot.ema.clone(), slot.param.detach().clone()
-                writes += [_Write(slot.param, raw, ema), _Write(slot.ema, ema, raw)]
+                own = slot.emas[self._held]
+                raw, ema = own.clone(), slot.param.detach().clone()
+                writes += [_Write(slot.param, raw, ema), _Write(own, ema, raw)]
         moved = [
             slot.name
             for i, (slot, (address, _)) in enumerate(zip(slots, self._places, strict=False))
@@ -703,9 +732,9 @@ class EMAManager:
         by_plan = planned <= {id(slot) for slot in here}
         rest = [slot for slot in here if id(slot) not in planned] if by_plan else here
         exchange = _storage.Exchange(
-            [slot.ema for slot in rest],
+            [slot.emas[self._held] for slot in rest],
             [slot.param for slot in rest],
-            tracked.plan if by_plan else None,
+            tracked.plans[self._held] if by_plan else None,
             self._marks,
         )
         written = [write.tensor for write in writes]
@@ -723,7 +752,7 @@ class EMAManager:
             self._set_swapped(not is_swapped)
             raise
 
-    def copy_to(self, model: nn.Module) -> None:
+    def copy_to(self, model: nn.Module, name: str | None = None) -> None:
         """Copies the ema into a model, by name: this one for good, or another to keep or export.
 
         Args:
@@ -731,11 +760,13 @@ class EMAManager:
                 floating-point dtype where the average has one, and on any device. What isn't
                 tracked stays as it is there, but for the extra state of modules
                 (``get_extra_state``), which is copied.
+            name: Of the average, where there are several.
 
         Raises:
             TypeError: The model is no module.
             ValueError: Names are missing, or shapes or kinds of dtypes differ, or a tensor can't be
-                written; the error lists them. Nothing is written then.
+                written; the error lists them. Nothing is written then. There is no average of that
+                name, or there are several and none was named.
             RuntimeError: The tracked model itself while it is swapped, or one that holds the ema
                 of another manager.
         """
@@ -743,10 +774,11 @@ class EMAManager:
             raise TypeError(
                 f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
             )
+        average = self._averages.index("copy_to", name)
         _tracking.refuse_fsdp1(f"{_TITLE}.copy_to", model)
         tree = _tracking.read(model)
         members = {member.name: member for member in tree.members}
-        emas = self._emas()
+        emas = self._emas(average)
         problems = [
             f"'{name}' {problem}"
             for name, ema in emas.items()
@@ -800,8 +832,8 @@ class EMAManager:
         tracked = self._follow("reset")
         tracked.check_geometry("reset")
         self._tracked = tracked = tracked.fed("reset")
-        slots = tracked.slots
-        _storage.copy([slot.ema for slot in slots], [slot.followed for slot in slots])
+        pairs = [(ema, slot.followed) for slot in tracked.slots for ema in slot.own_emas]
+        _storage.copy([ema for ema, _ in pairs], [values for _, values in pairs])
         if tracked.teacher is not None:
             tracked.teacher.note_write()
         self._iteration = 0
@@ -823,11 +855,12 @@ class EMAManager:
             ValueError: As making a manager; or a tensor is sharded otherwise than its average.
         """
         self._refuse_if_swapped("refresh")
-        emas, old = self._emas(), {slot.name: slot for slot in self._tracked.slots}
+        emas_of = [self._emas(k) for k in range(len(self._averages.names))]
+        old = {slot.name: slot for slot in self._tracked.slots}
         tracked, frozen = self._track("refresh", self._tracked)
         goes_on, started = [], []
         for slot in tracked.slots:
-            before = emas.get(slot.name)
+            before = emas_of[0].get(slot.name)
             if slot.name in old and old[slot.name].ema is slot.ema:
                 continue
             if slot.target is not None and before is not None and before.shape == slot.ema.shape:
@@ -838,7 +871,10 @@ class EMAManager:
                 and before.shape == slot.members[0].tensor.shape
                 and before.is_floating_point() == slot.ema.is_floating_point()
             ):
-                goes_on.append((slot.ema, slot.part_of(before)))
+                goes_on += [
+                    (ema, slot.part_of(emas[slot.name]))
+                    for ema, emas in zip(slot.own_emas, emas_of, strict=False)
+                ]
             else:
                 started += [member.name for member in slot.members]
         _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
@@ -850,26 +886,42 @@ class EMAManager:
     def state_dict(self) -> dict[str, Any]:
         """The manager's state, by name; :mod:`fused_ema.state` says what is in it.
 
-        The tensors are the live ones, not copies, as in ``module.state_dict()``. While swapped they
-        are copies: the memory of each changes sides with the swap back, and the state says what it
-        held when it was taken. Under ``"ema"`` stands the average in any case. Of a sharded model
-        they are DTensors with the placements of its own, as torch.distributed.checkpoint saves
-        them and loads them onto any number of ranks.
+        The tensors are the live ones, not copies, as in ``module.state_dict()``. While swapped
+        those that the model holds, and the raw ones, are copies: the memory of each changes sides
+        with the swap back, and the state says what it held when it was taken. Under ``"ema"``
+        stands the average in any case; of averages with names, each under its own. Of a sharded
+        model they are DTensors with the placements of its own, as torch.distributed.checkpoint
+        saves them and loads them onto any number of ranks.
         """
         if self._into is not None:
             return self._counters()
+        places = range(len(self._averages.names))
         if not self._is_swapped:
-            return _state.pack(self._iteration, self._num_updates, self._emas(), {}, False)
+            return self._packed([self._emas(k) for k in places], {})
         self._follow_buffers()
         tracked = self._tracked
-        emas = [self._ema_of(i) for i in range(len(tracked.slots))]
-        raws = [self._aside.get(i, slot.ema) for i, slot in enumerate(tracked.slots)]
+        slots = tracked.slots
+        emas = [self._ema_of(i, self._held) for i in range(len(slots))]
+        raws = [self._aside.get(i, slot.emas[self._held]) for i, slot in enumerate(slots)]
         like = [*emas, *raws]
         copies = _storage.allocate(like, [t.dtype for t in like], [t.device for t in like])
         _storage.copy(copies, like)
-        ema = tracked.by_name(copies.__getitem__)
-        raw = tracked.by_name(copies[len(emas) :].__getitem__)
-        return _state.pack(self._iteration, self._num_updates, ema, raw, self._is_swapped)
+
+        def copied_or_live(index: int, average: int) -> Tensor:
+            is_its = average == self._held or slots[index].kind != "average"
+            return copies[index] if is_its else slots[index].emas[average]
+
+        return self._packed(
+            [tracked.by_name(partial(copied_or_live, average=k)) for k in places],
+            tracked.by_name(copies[len(emas) :].__getitem__),
+        )
+
+    def _packed(self, emas: Sequence[dict[str, Tensor]], raw: dict[str, Tensor]) -> dict[str, Any]:
+        position = self._iteration, self._num_updates
+        if not self._averages.is_named:
+            return _state.pack(*position, emas[0], raw, self._is_swapped)
+        named = dict(zip(self._averages.names, emas, strict=True))
+        return _named_state.pack(*position, named, raw, self.is_swapped)
 
     def _counters(self) -> dict[str, Any]:
         """The state beside a teacher, whose tensors are saved where it is."""
@@ -898,21 +950,23 @@ class EMAManager:
             swapped = _shards.Fact(None, "the model", "swapped" if self._is_swapped else "itself")
             facts += [swapped, *map(_fact, self._tracked.members)]
         is_wanted = _shards.is_first(tensors)
-        for key in () if self._into is not None else (_state.EMA_KEY, _state.RAW_KEY):
-            gathered = ((name, _shards.whole(tensor)) for name, tensor in state[key].items())
-            state[key] = {
-                name: tensor.detach().to("cpu", copy=True) for name, tensor in gathered if is_wanted
-            }
+        for tensors_of in () if self._into is not None else _named_state.tensors_of(state):
+            for name, tensor in tensors_of.items():
+                gathered = _shards.whole(tensor)
+                tensors_of[name] = gathered.detach().to("cpu", copy=True) if is_wanted else None
         return state if is_wanted else {}
 
     def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True
+        self, state_dict: Mapping[str, Any], strict: bool = True, average: str | None = None
     ) -> _state.IncompatibleKeys:
         """Takes over a state, before or after the model loads its own.
 
         A state that was taken while swapped leaves the manager swapped: :meth:`swap` then brings
         the raw weights of the state into the model. Settings are no part of a state: a run that is
         resumed with another ``interval``, ``begin`` or momentum follows what it is given.
+
+        A state of one average goes into a manager of one, whatever its name, and one of several
+        into a manager of averages with the same names. For anything else say ``average=``.
 
         Args:
             state_dict: What :meth:`state_dict` returned, on any device. A dtype that holds fewer
@@ -921,15 +975,20 @@ class EMAManager:
                 that hold parts of one model call it together, and an error on one is an error on
                 all.
             strict: False lets names be missing, whose averages start as clones of what the model
-                holds now, or be in the state alone, which are dropped.
+                holds now, or be in the state alone, which are dropped. So it is with averages, too.
+            average: The name of the average to load, by itself: in a manager of several that one
+                moves alone, from the state's of that name, or from its only one; a manager of one
+                takes the state's of that name. Iteration, number of updates and buffers that aren't
+                averaged are the state's in any case.
 
         Returns:
-            The names that were missing in the state, and the unexpected ones: two lists.
+            The names that were missing in the state, and the unexpected ones: two lists; of
+            averages with names ``"average.name"``.
 
         Raises:
             TypeError: Not a dictionary.
             ValueError: Another version, or names, shapes or dtypes that don't fit: one error that
-                lists them all.
+                lists them all, of the first average that doesn't fit. Averages of other names.
             RuntimeError: The model is swapped, or its parameters were replaced or added. A sharded
                 one that :meth:`swap` has swapped takes a state of a swapped model: so
                 torch.distributed.checkpoint finds room for the raw weights.
@@ -941,13 +1000,19 @@ class EMAManager:
         if _counters.is_state(state_dict):
             return self._load_counters(title, state_dict, strict)
         with _shards.one_error(title, [m.tensor for m in self._tracked.members]) as facts:
-            tracked, loaded, incompatible = self._unpacked(state_dict, strict)
-            slots = tracked.slots
-            emas = [slot.part_of(loaded.ema[slot.name]) for slot in slots]
+            tracked, states, incompatible = self._unpacked(state_dict, strict, average)
+            slots, loaded = tracked.slots, next(iter(states.values()))
+            # What isn't averaged is the first one's: it stands for each.
+            pairs = [
+                (slot.emas[k], slot.part_of(state.ema[slot.name]))
+                for n, (k, state) in enumerate(states.items())
+                for slot in slots
+                if n == 0 or slot.kind == "average"
+            ]
             raws = [slot.part_of(loaded.raw[slot.name]) for slot in slots if loaded.is_swapped]
             position = f"at iteration {loaded.iteration} after {loaded.num_updates} updates"
-            state = f"{position}{', swapped' if loaded.is_swapped else ''}"
-            facts += [_shards.Fact(None, "the state", state), *map(_fact, tracked.members)]
+            text = f"{position}{', swapped' if loaded.is_swapped else ''}"
+            facts += [_shards.Fact(None, "the state", text), *map(_fact, tracked.members)]
         aside: dict[int, Tensor] = {}
         if loaded.is_swapped:
             # All of it aside: so it doesn't matter what the model holds until it is swapped back.
@@ -955,12 +1020,13 @@ class EMAManager:
             _storage.copy(room, raws)
             aside = dict(enumerate(room))
         # The manager's own live state is its state already, and copies may not overlap.
-        own_emas = [slot.ema for slot in slots]
-        other = [i for i, e in enumerate(own_emas) if not _storage.is_same_memory(e, emas[i])]
-        _storage.copy([own_emas[i] for i in other], [emas[i] for i in other])
+        other = [(own, given) for own, given in pairs if not _storage.is_same_memory(own, given)]
+        _storage.copy([own for own, _ in other], [given for _, given in other])
+        self._held = _named_state.held(state_dict, self._averages, list(states))
         if self._is_swapped:
             # Here the model holds an average already, of before.
-            _storage.copy([slot.param for slot in slots], own_emas)
+            held = [slot.emas[self._held] for slot in slots]
+            _storage.copy([slot.param for slot in slots], held)
             tracked.note_write()
         self._aside = aside
         self._set_swapped(loaded.is_swapped)
@@ -988,15 +1054,23 @@ class EMAManager:
         return _state.IncompatibleKeys(loaded.missing, loaded.unexpected)
 
     def _unpacked(
-        self, state_dict: Mapping[str, Any], strict: bool
-    ) -> tuple[_slots.Tracked, _state.State, _state.IncompatibleKeys]:
-        """A state that fits what is tracked; raises what load_state_dict() raises."""
+        self, state_dict: Mapping[str, Any], strict: bool, average: str | None
+    ) -> tuple[_slots.Tracked, dict[int, _state.State], _state.IncompatibleKeys]:
+        """States that fit what is tracked, by average; raises what load_state_dict() raises."""
         is_of_swapped = isinstance(state_dict, Mapping) and state_dict.get(_state.IS_SWAPPED_KEY)
+        is_of_swapped = is_of_swapped is True or isinstance(is_of_swapped, str)
         # torch.distributed.checkpoint loads what a state has already: raw weights while swapped.
-        if self._tracked.is_sharded and is_of_swapped is True and not self._in_context:
+        # All averages then: one that isn't loaded would be lost with what the model holds.
+        if (
+            self._tracked.is_sharded
+            and is_of_swapped
+            and not self._in_context
+            and (average is None or not self.averages)
+        ):
             self._refuse_if_another_is_swapped("load_state_dict")
         else:
             self._refuse_if_swapped("load_state_dict")
+        chosen, surplus = _named_state.chosen(state_dict, self._averages, average, strict)
         tracked = self._follow("load_state_dict")
         tracked.check_geometry("load_state_dict")
         slots = tracked.slots
@@ -1006,21 +1080,28 @@ class EMAManager:
             for member in slot.members
         }
         tied = [[member.name for member in slot.members] for slot in slots]
-        given_state = state_dict
-        incompatible = _state.IncompatibleKeys([], [])
+        incompatible = _state.IncompatibleKeys([], surplus)
+        states = {}
         if not strict:
             self._tracked = tracked = tracked.fed("load_state_dict")
             slots = tracked.slots
             own = tracked.by_name(lambda i: slots[i].followed.detach())
-            given_state, incompatible = _state.completed(state_dict, own, tied)
-        is_live = any(
-            isinstance(values, Tensor)
-            and _storage.is_same_memory(slot.ema, _shards.shard_of(values))
-            for slot, values in (
-                (slot, _ema_in(given_state, slot.name)) for slot in slots if slot.ema.numel()
+        for k, state in chosen.items():
+            name = self._averages.names[k]
+            of = f"{name}." if name and len(chosen) > 1 else ""
+            if not strict:
+                state, lists = _state.completed(state, own, tied)
+                for all_keys, keys in zip(incompatible, lists, strict=True):
+                    all_keys += [of + key for key in keys]
+            is_live = any(
+                isinstance(values, Tensor)
+                and _storage.is_same_memory(slot.emas[k], _shards.shard_of(values))
+                for slot, values in (
+                    (slot, _ema_in(state, slot.name)) for slot in slots if slot.ema.numel()
+                )
             )
-        )
-        return tracked, _state.unpack(given_state, expected, tied, is_live), incompatible
+            states[k] = _state.unpack(state, expected, tied, is_live, name)
+        return tracked, states, incompatible
 
     # ---- how it is kept
 
@@ -1119,15 +1200,17 @@ class EMAManager:
                         "manager; swap that one back first"
                     )
 
-    def _emas(self) -> dict[str, Tensor]:
+    def _emas(self, average: int = 0) -> dict[str, Tensor]:
         if self._is_swapped:
             self._follow_buffers()
-        return self._tracked.by_name(self._ema_of)
+        return self._tracked.by_name(partial(self._ema_of, average=average))
 
-    def _ema_of(self, index: int) -> Tensor:
+    def _ema_of(self, index: int, average: int) -> Tensor:
         slot = self._tracked.slots[index]
-        is_in_model = self._is_swapped and index not in self._aside
-        return slot.param.detach() if is_in_model else slot.ema
+        # What isn't averaged stands for each average, and is exchanged with any.
+        is_its = average == self._held or slot.kind != "average"
+        is_in_model = self._is_swapped and is_its and index not in self._aside
+        return slot.param.detach() if is_in_model else slot.emas[average]
 
 
 def _extra_states(

@@ -49,7 +49,13 @@ __all__ = [
 ]
 
 
-def load_into(manager: EMAManager, found: Found, *, iteration: int | None = None) -> None:
+def load_into(
+    manager: EMAManager,
+    found: Found,
+    *,
+    iteration: int | None = None,
+    average: str | None = None,
+) -> None:
     """Makes a manager go on from what :func:`read` found: averages, by name, and position.
 
     The model itself stays as it is; ``model.load_state_dict(found.raw)`` gives it its raw weights.
@@ -59,6 +65,7 @@ def load_into(manager: EMAManager, found: Found, *, iteration: int | None = None
         manager: Not swapped.
         found: What was found.
         iteration: The iteration that comes next, 0-based, instead of the recorded one.
+        average: Of a manager of several averages, the one that goes on from it; the others stay.
 
     Raises:
         FormatError: A ValueError: names, shapes or dtypes that don't fit, in one error that lists
@@ -76,7 +83,8 @@ def load_into(manager: EMAManager, found: Found, *, iteration: int | None = None
     if iteration is None and found.num_updates is not None:
         iteration = (begin // interval + found.num_updates) * interval if found.num_updates else 0
     if iteration is None:
-        if manager._momentum_fun is not None or interval > 1 or begin:
+        index = manager._averages.index("load_state_dict", average)
+        if not manager._averages.is_constant(index) or interval > 1 or begin:
             raise FormatError(
                 f"{title}: the format '{found.format}' records no iteration, and this manager's "
                 "schedule depends on it; pass iteration="
@@ -96,7 +104,7 @@ def load_into(manager: EMAManager, found: Found, *, iteration: int | None = None
     left_out = {m.name for m in _tracking.read(manager._model).members}
     ema.update({n: t for n, t in found.ema.items() if n not in left_out})
     try:
-        manager.load_state_dict(pack(iteration, num_updates, ema, {}, False))
+        manager.load_state_dict(pack(iteration, num_updates, ema, {}, False), average=average)
     except ValueError as error:
         _, _, problems = str(error).partition("was changed:")
         raise FormatError(

@@ -333,6 +333,22 @@ def test_several_emas_of_one_list_need_no_names_twice(tmp_path):
     ]
 
 
+def test_several_averages_of_one_manager_are_those_of_several_managers(tmp_path):
+    momenta = {"short": schedules.power(0.05), "long": schedules.power(0.1)}
+    model = Unit()
+    own = {name: manager(model, momentum) for name, momentum in momenta.items()}
+    several = EMAManager(model, momenta)
+    posthoc.Snapshots(own, tmp_path / "own", every=20, run="run")
+    posthoc.Snapshots(several, tmp_path / "several", every=20, run="run")
+    trained(model, several, *own.values(), num=20)
+    files = sorted((tmp_path / "several").iterdir())
+    assert [file.name for file in files] == [
+        *("000000020-long.safetensors", "000000020-short.safetensors")
+    ]
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "own" / file.name).read_bytes()
+
+
 # ---- warnings and errors
 
 

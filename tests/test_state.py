@@ -239,9 +239,9 @@ UNFIT = {
         ["'version' is None, with the keys ['body.0.bias', ", "is no state of an EMAManager"],
     ),
     "version": (
-        lambda: edit(lambda s: s.update(version=2)),
+        lambda: edit(lambda s: s.update(version=3)),
         ValueError,
-        ["the state has version 2 but this fused_ema reads up to 1; update fused_ema"],
+        ["the state has version 3 but this fused_ema reads up to 2; update fused_ema"],
     ),
     "version 0": (
         lambda: edit(lambda s: s.update(version=0)),

@@ -113,6 +113,7 @@ def read(
     prefix: str = "",
     key: str = "",
     variant: str | None = None,
+    average: str | None = None,
 ) -> Found:
     """Finds the average in a checkpoint.
 
@@ -131,6 +132,7 @@ def read(
             ``format="state_dict"`` and ``prefix`` it reads what has no format.
         variant: Of a folder: which of the weights, as ``save_pretrained(variant="fp16")`` names
             them. None for the plain ones, or the only ones there are.
+        average: Of a manager's state that has several averages: the name of the one to read.
 
     Returns:
         What was found.
@@ -145,7 +147,14 @@ def read(
     """
     path = None if isinstance(source, Mapping) else Path(source)
     origin = Source(
-        path, model_of(model, READ), prefix, main, format=format, key=key, variant=variant
+        path,
+        model_of(model, READ),
+        prefix,
+        main,
+        format=format,
+        key=key,
+        variant=variant,
+        average=average,
     )
     return _read(source, origin)
 
@@ -180,6 +189,11 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
             f"{READ}: {shown_path(path)} has the format '{found.format}', not '{name}'; leave it "
             "out"
         )
+    if origin.average is not None and found.format != own.FORMAT.name:
+        raise FormatError(
+            f"{READ}: {shown_path(path)} has the format '{found.format}', whose average has no "
+            f"name; leave average '{origin.average}' out"
+        )
     if not found.ema:
         raise FormatError(
             f"{READ}: {shown_path(path)} has no average"
@@ -194,7 +208,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], origin: Source) ->
 
 
 def _read_dcp(path: Path, origin: Source) -> Found:
-    data, at = _dcp.load(path, origin.key)
+    data, at = _dcp.load(path, origin.key, origin.average)
     found = _find(data, replace(origin, key=""))
     if not at:
         return found

@@ -151,12 +151,13 @@ def _read_entry(path: Path, entry: _Entry) -> Any:
     return tensor
 
 
-def load(path: Path, key: str) -> tuple[dict[str, Any], str]:
+def load(path: Path, key: str, average: str | None = None) -> tuple[dict[str, Any], str]:
     """The state of the manager, and the model's weights beside it.
 
     Args:
         path: The folder.
         key: Where the state is to be looked for, or "": keys with dots between them.
+        average: Of averages with names, the one to be read; the others are empty then.
 
     Returns:
         A dictionary of what was saved beside each other, and the key that it was under, or "".
@@ -185,7 +186,18 @@ def load(path: Path, key: str) -> tuple[dict[str, Any], str]:
     above = own[:-1]
     models = [(*above, name) for name in MODEL_KEYS] if own else []
     found: dict[str, Any] = {}
+    emas = (*own, _state.EMA_KEY)
+    # Under a name one level deeper than an average without one.
+    others = {
+        words[: len(emas) + 1]
+        for words in entries
+        if average and words[: len(emas)] == emas and len(words) > len(emas) + 1
+    }
+    others = others - {(*emas, average)} if (*emas, average) in others else set()
     for words, entry in entries.items():
+        if words[: len(emas) + 1] in others:
+            _put(found, words[len(above) : len(emas) + 1], {})
+            continue
         is_weight = entry.dtype is not None and words[: len(above) + 1] in models
         if is_weight or words[: len(own)] == own:
             _put(found, words[len(above) :], _read_entry(path, entry))

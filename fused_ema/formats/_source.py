@@ -34,6 +34,8 @@ class Source:
     key: str = ""
     # Of the folders of diffusers.
     variant: str | None = None
+    # Of a manager's state, its name where there are several.
+    average: str | None = None
     # Of a safetensors file.
     metadata: Mapping[str, str] | None = None
     # What stands beside the dictionary and may be the model's own weights.

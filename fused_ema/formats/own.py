@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fused_ema import _state, _tracking
-from fused_ema._format_errors import READ, FormatError
+from fused_ema import _named_state, _state, _tracking
+from fused_ema._format_errors import READ, FormatError, SeveralAveragesError
 from fused_ema.formats._found import Format, Found
 from fused_ema.formats._names import Model
 from fused_ema.formats._source import Source, shown_path, weights_beside, whole
@@ -32,22 +32,28 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
             return None
         key = keys[0]
         own = data[key]
-    if own[_state.VERSION_KEY] != _state.VERSION:
+    if own[_state.VERSION_KEY] not in (_state.VERSION, _state.NAMED_VERSION):
         raise FormatError(
             f"{READ}: the state has version {own[_state.VERSION_KEY]!r} but this fused_ema reads "
-            f"{_state.VERSION}; update fused_ema"
+            f"up to {_state.NAMED_VERSION}; update fused_ema"
         )
     own = _state.with_raw(own)
+    average = _chosen(own, origin)
+    is_swapped = own.get(_state.IS_SWAPPED_KEY)
+    if average:
+        own = _named_state.one_of(own, average)
     missing = [key for key in _state._KEYS if key not in own]
     if missing:
         raise FormatError(f"{READ}: the state has no {_tracking.shown(missing)} (truncated?)")
     at = f"{key}." if key else ""
-    ema = origin.named(own[_state.EMA_KEY], f"{at}{_state.EMA_KEY}")
+    ema_at = ".".join(filter(None, (key, _state.EMA_KEY, average)))
+    ema = origin.named(own[_state.EMA_KEY], ema_at)
     raw, raw_at, why = origin.named(own[_state.RAW_KEY], f"{at}{_state.RAW_KEY}"), "", ""
     beside, beside_at = weights_beside(data, key, origin)
     if own[_state.IS_SWAPPED_KEY]:
         raw_at = f"{at}{_state.RAW_KEY}"
         why = "saved while the model held the average"
+        why += f" '{is_swapped}'" if average else ""
         # Of what the manager doesn't track there is only the model's.
         raw = {**{n: t for n, t in beside.items() if n not in ema}, **raw}
     elif beside.keys() & ema.keys():
@@ -58,10 +64,33 @@ def _read(data: Mapping[str, Any], origin: Source) -> Found | None:
         raw,
         iteration=whole(own[_state.ITERATION_KEY]),
         num_updates=whole(own[_state.NUM_UPDATES_KEY]),
-        ema_at=f"{at}{_state.EMA_KEY}",
+        ema_at=ema_at,
         raw_at=raw_at,
         why=why,
     )
+
+
+def _chosen(own: Mapping[str, Any], origin: Source) -> str:
+    """The name of the average to be read; empty of a state of one without a name."""
+    if not _named_state.is_named(own):
+        if origin.average is not None:
+            raise FormatError(
+                f"{READ}: {shown_path(origin.path)} has one average, without a name; leave "
+                f"average '{origin.average}' out"
+            )
+        return ""
+    try:
+        names = _named_state.names_in(own)
+    except ValueError as error:
+        raise FormatError(f"{READ}: {shown_path(origin.path)}: {error}") from error
+    if origin.average is None and len(names) > 1:
+        raise SeveralAveragesError(shown_path(origin.path), names)
+    if origin.average is not None and origin.average not in names:
+        raise FormatError(
+            f"{READ}: {shown_path(origin.path)} has no average '{origin.average}'; it has "
+            f"{_tracking.shown(names)}"
+        )
+    return origin.average or names[0]
 
 
 def _make(found: Found, model: Model | None) -> dict[str, Any]:

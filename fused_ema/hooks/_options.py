@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fused_ema import _tracking
+from fused_ema import _averages, _tracking
 from fused_ema.manager import EMAManager
 
 # These need the model.
@@ -32,6 +32,7 @@ def checked(**options: Any) -> dict[str, Any]:
     """
     if not any(options.get(name) for name in ("skip_buffers", "copy_buffers", "buffers")):
         options["buffers"] = "average"  # As these callbacks have always done.
+    _averages.refuse_several("fused_ema.EMAManager", options.get("momentum"))
     _tracking.Buffers.parse(options.get("buffers") or "auto")
     EMAManager(_Smallest(), **{k: v for k, v in options.items() if k not in _OF_THE_MODEL})
     return options

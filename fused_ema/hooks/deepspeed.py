@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fused_ema import _caches, _checks, _slots, _storage, _tracking
+from fused_ema import _averages, _caches, _checks, _slots, _storage, _tracking
 from fused_ema._tracking import BufferMode
 from fused_ema.formats._files import Replacing
 from fused_ema.hooks import _deepspeed, _engine_calls, _engine_state
@@ -91,6 +91,7 @@ class EngineEMA:
         buffers: BufferMode | Mapping[str, BufferMode] | None = None,
         decay: None = None,
     ) -> None:
+        _averages.refuse_several(_TITLE, momentum)
         self._engine = engine
         self._held = _deepspeed.held_by(engine)
         self._is_closed = self._held.is_closed()

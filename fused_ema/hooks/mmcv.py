@@ -455,7 +455,7 @@ def _pairs_of(
     mirrors, mirrored, aliases = [], [], []
     for group in groups:
         ema = emas[group[0].name]
-        slot = Slot(tuple(group), "average", "tracked", ema, None, group[0].tensor.device)
+        slot = Slot(tuple(group), "average", "tracked", [ema], None, group[0].tensor.device)
         for member in group[1:]:
             mirrors.append(emas[member.name])
             mirrored.append(slot.seen_as(member, ema))

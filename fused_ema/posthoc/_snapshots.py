@@ -56,9 +56,10 @@ class Snapshots:
     comes to again, as after a kill, is moved into ``superseded`` there. Another run is refused.
 
     Args:
-        ema: The manager; or several of one model, in a list or by name; or the callback that makes
-            it: ``hooks.lightning.EMA``, ``hooks.transformers.EMACallback``. With momenta that are
-            power functions of two widths any other comes out; of whatever momenta, what they span.
+        ema: The manager, of one average or of several; or several managers of one model, in a list
+            or by name; or the callback that makes it: ``hooks.lightning.EMA``,
+            ``hooks.transformers.EMACallback``. With momenta that are power functions of two widths
+            any other comes out; of whatever momenta, what they span.
         folder: Is made where it isn't there.
         every: Save after each so many iterations.
         at: Save after these numbers of iterations as well.
@@ -212,7 +213,7 @@ class Snapshots:
 
     def _begin(self, iteration: int) -> None:
         """At the first update that is seen: whether the folder is this run's."""
-        emas = [ema for _, ema in self._managers[0].named_emas()]
+        emas = list(self._managers[0]._emas().values())
         with _shards.one_error(_TITLE, emas):
             if _shards.is_first(emas):
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -323,7 +324,7 @@ class Snapshots:
         """Removes what the rule doesn't keep."""
         if self._keep_last is None and self._keep_evenly is None:
             return
-        if not _shards.is_first([ema for _, ema in self._managers[0].named_emas()]):
+        if not _shards.is_first(list(self._managers[0]._emas().values())):
             return
         heads = _files.heads(self._folder)
         kept = sorted({head.iteration for head in heads})
@@ -388,11 +389,13 @@ def _named(ema: Any) -> list[tuple[str | None, EMAManager]]:
 
 
 def _averages_of(name: str | None, manager: EMAManager) -> list[_Average]:
-    momentum = manager._momentum if manager._momentum_fun is None else manager.momentum_at
-    exact: float | Schedule = manager._momentum_fun or momentum
-    momenta = Momenta(exact, manager._interval, manager._begin)
-    name = name or _name_of(exact, manager._interval)
-    return [_Average(name, manager, manager.named_emas, momenta.at)]
+    found = []
+    for own, exact in zip(manager._averages.names, manager._averages.momenta, strict=True):
+        momenta = Momenta(exact, manager._interval, manager._begin)
+        named = "-".join(filter(None, (name, own))) or _name_of(exact, manager._interval)
+        named_emas = partial(manager.named_emas, own or None)
+        found.append(_Average(named, manager, named_emas, momenta.at))
+    return found
 
 
 def _name_of(momentum: float | Schedule, interval: int) -> str:
