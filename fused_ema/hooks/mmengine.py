@@ -721,7 +721,9 @@ class FusedSnapshotHook(_hooks.Hook):  # type: ignore[misc]
         interval: int = 1,
         **options: Any,
     ) -> None:
-        self._momenta = {f"power-{one:g}": schedules.power(one, interval) for one in std}
+        self._momenta = {
+            f"power-{one:g}".replace(".", "_"): schedules.power(one, interval) for one in std
+        }
         self._interval = interval
         self._options = {"folder": folder, "every": every, **options}
         self._manager: EMAManager | None = None
