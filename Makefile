@@ -103,6 +103,7 @@ $(FRAMEWORKS)/.ready: pyproject.toml
 	$(PIP) $(TORCH) "setuptools>=77,<81" wheel
 	$(EXTRA) frameworks-alone | MMCV_WITH_OPS=0 xargs -d '\n' $(PIP) --no-deps --no-build-isolation
 	$(EXTRA) frameworks | xargs -d '\n' $(PIP)
+	$(EXTRA) frameworks-beside | xargs -d '\n' $(PIP) --no-deps --target $(FRAMEWORKS)/beside
 	touch $@
 
 $(CUDA_VENV)/.ready: PY := $(CUDA_VENV)/bin/python

@@ -250,6 +250,11 @@ PYBIND11_MODULE(_C, m) {
     if (same == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::bool_>(same);
   });
+  m.def("hold_same", [](py::handle a, py::handle b) {
+    PyObject* same = hold_same(a.ptr(), b.ptr());
+    if (same == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::bool_>(same);
+  });
   m.def("service_of", [](const std::string& device) {
     const Service service = service_of(at::Device(device));
     return py::make_tuple(service.backend, service.reason);

@@ -4,11 +4,14 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 // Before 3.13 the GIL is all that can be held.
 #ifndef Py_BEGIN_CRITICAL_SECTION
 #define Py_BEGIN_CRITICAL_SECTION(object) {
 #define Py_END_CRITICAL_SECTION() }
+#define Py_BEGIN_CRITICAL_SECTION2(a, b) {
+#define Py_END_CRITICAL_SECTION2() }
 #endif
 
 namespace fused_ema {
@@ -139,6 +142,25 @@ PyObject* slots_hold(PyObject* slot, PyObject* objects, PyObject* held) {
     std::memcpy(&value, reinterpret_cast<char*>(object) + offset, sizeof(value));
     same = value == PyTuple_GET_ITEM(held, i);
   }
+  return PyBool_FromLong(same);
+}
+
+PyObject* hold_same(PyObject* a, PyObject* b) {
+  for (PyObject* sequence : {a, b}) {
+    if (!PyList_Check(sequence) && !PyTuple_Check(sequence)) {
+      PyErr_Format(PyExc_TypeError, "hold_same takes lists or tuples, not a %s",
+                   Py_TYPE(sequence)->tp_name);
+      return nullptr;
+    }
+  }
+  bool same = false;
+  Py_BEGIN_CRITICAL_SECTION2(a, b);
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(a);
+  PyObject* const* const left = PySequence_Fast_ITEMS(a);
+  PyObject* const* const right = PySequence_Fast_ITEMS(b);
+  same = PySequence_Fast_GET_SIZE(b) == size;
+  for (Py_ssize_t i = 0; i < size && same; ++i) same = left[i] == right[i];
+  Py_END_CRITICAL_SECTION2();
   return PyBool_FromLong(same);
 }
 

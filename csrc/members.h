@@ -18,4 +18,8 @@ PyObject* changed_dicts(PyObject* dicts, PyObject* held, PyObject* versions);
 // error set where an argument is none of these.
 PyObject* slots_hold(PyObject* slot, PyObject* objects, PyObject* held);
 
+// Whether two lists or tuples hold the very same objects: a bool. Returns null with a Python error
+// set where an argument is neither.
+PyObject* hold_same(PyObject* a, PyObject* b);
+
 }  // namespace fused_ema

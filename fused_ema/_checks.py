@@ -89,6 +89,17 @@ def count(where: str, name: str, value: int, least: int) -> int:
     return checked
 
 
+def flag(where: str, name: str, value: torch.Tensor) -> bool:
+    """Whether a tensor of one element is anything but zero; TypeError of anything else."""
+    if not isinstance(value, torch.Tensor) or value.numel() != 1:
+        of = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
+        raise TypeError(
+            f"fused_ema.{where}: {name} is a {type(value).__name__}{of}; pass a tensor of one "
+            "element"
+        )
+    return bool(value)
+
+
 _MOST_LINES = 20
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,6 +115,14 @@ def offset_of(tensor: Tensor) -> tuple[int, ...]:
     mesh, placements = _layout(tensor)
     _, offset = utils.compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
     return tuple(offset)
+
+
+def num_parts(tensor: Tensor) -> int:
+    """Into how many parts a mesh divides it; 1 of a plain one, which each rank has whole."""
+    if not is_dtensor(tensor):
+        return 1
+    mesh, placements = cast(Any, _layout(tensor))
+    return math.prod(mesh.size(i) for i, p in enumerate(placements) if not p.is_replicate())
 
 
 def is_first(tensors: Sequence[Tensor]) -> bool:

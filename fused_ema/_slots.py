@@ -180,11 +180,6 @@ class Tracked:
         self.num_averages = len(slots[0].emas) if slots else 1
         self._given_shards = _shards.Shards([s.given for s in slots if s.given is not None])
 
-    @cached_property
-    def averaged_dtypes(self) -> frozenset[torch.dtype]:
-        """Of the emas that are averaged."""
-        return frozenset(slot.ema.dtype for slot in self.averaged)
-
     def is_current(self) -> bool:
         """Whether the model still has the very tensors, and those their shards."""
         return self.tree.is_current() and self.shards.are_current() and self.has_teacher()
@@ -265,10 +260,13 @@ class Tracked:
             slot.in_plan = False
         self.loose_copied = self.copied
 
-    def update(self, momenta: Sequence[float], form: Form) -> None:
+    def update(
+        self, momenta: Sequence[float], form: Form, average: Callable[..., None] | None = None
+    ) -> None:
         """Averages, by a momentum for each average, and copies: all, or none where it raises.
 
         After a failed copy from another device some may have been copied; it can be made again.
+        Where there is an ``average``, it is called with all of this in place of _average().
         """
         if self.teacher is not None and momenta[0] == 0:
             self.plan._check()
@@ -282,7 +280,10 @@ class Tracked:
         if early:
             self.check_plans()
             _storage.copy([slot.ema for slot in early], [slot.param for slot in early])
-        self._average(momenta, form)
+        if average is None:
+            self._average(momenta, form)
+        else:
+            average(self, momenta, form)
         # What is left can't fail any more.
         if copies is not None:
             copies.copy_to_ema()

@@ -30,8 +30,6 @@ _HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 _LARGEST_HALF_ULP = max(_HALF_ULP.values())
 
-_NUM_WATCHED = 4  # Teacher's parameters whose versions an update looks at, in turns.
-
 
 class Teacher:
     """The teacher as it was read, beside a student.
@@ -50,8 +48,12 @@ class Teacher:
         self._into = into
         self._images = images
         self.starts_as_copy = into.start == "copy"
-        self._watched: list[Tensor] = []
-        self._seen: list[tuple[Tensor, int]] = []
+        self._shards = _shards.Shards([])
+        self._is_sharded = False
+        self._params: list[Tensor] = []
+        # One of them, and the version that it had after the last update.
+        self._seen: Tensor | None = None
+        self._version = 0
         self._turn = 0
 
     def pair(
@@ -110,8 +112,10 @@ class Teacher:
                 "first"
             )
         self.targets = targets
-        self.shards = _shards.Shards([target.tensor for target in targets.values()])
-        self._watched = [t.tensor for t in targets.values() if not t.is_buffer]
+        tensors = [target.tensor for target in targets.values()]
+        self._shards = _shards.Shards(tensors)
+        self._is_sharded = any(map(_shards.is_dtensor, tensors))
+        self._params = [t.tensor for t in targets.values() if not t.is_buffer]
 
     def _surplus(
         self, students: Sequence[Member], is_tracked: Callable[[Member], bool]
@@ -124,51 +128,72 @@ class Teacher:
 
     # ---- in training
 
-    def prepare(self, op: str) -> None:
-        """To be called before each update: what FSDP2 has gathered wouldn't see it."""
-        self.tree.units.reshard(f"{TITLE}.{op}")
+    def prepare(self, momentum: float | None) -> None:
+        """To be called before each update, with its momentum; None for a copy.
 
-    def warn(self, momentum: float | None, dtypes: frozenset[torch.dtype]) -> None:
-        """Warns, once each, of what makes an update pointless.
+        Frees what FSDP2 has gathered, whose next forward wouldn't see the update; warns, once each,
+        of what makes one pointless.
+        """
+        if self._is_sharded:
+            self.tree.units.reshard(f"{TITLE}.update")
+        if self._seen is not None and self._seen._version != self._version:
+            self._warn_of_write(self._seen)
+        if momentum is not None and momentum < _LARGEST_HALF_ULP:
+            self.warn_of_stall(momentum, level=4)
+
+    def _warn_of_write(self, tensor: Tensor) -> None:
+        if not self._into.has_warned_of_writes:
+            self._into.has_warned_of_writes = True
+            name = next(t.name for t in self.targets.values() if t.tensor is tensor)
+            warnings.warn(
+                f"{TITLE}.update: the teacher's '{name}' was written since the last update. If an "
+                "optimizer has it, take the teacher's parameters out of its groups: only update() "
+                "should move them. What you have loaded into it yourself is fine",
+                UserWarning,
+                stacklevel=5,
+            )
+
+    def warn_of_stall(self, momentum: float, level: int) -> None:
+        """Warns, once, of a momentum that a teacher in 16 bits rounds away.
 
         Args:
-            momentum: Of the update that comes; None of a copy.
-            dtypes: Of the averages.
+            momentum: Of an update; 0 moves nothing by itself.
+            level: Of the stack, for the warning.
         """
-        self._warn_if_written()
-        if momentum is not None and momentum < _LARGEST_HALF_ULP:
-            self._into.warn_of_stall(momentum, dtypes, level=4)
-
-    def _warn_if_written(self) -> None:
-        for tensor, version in self._seen:
-            if tensor._version != version and not self._into.has_warned_of_writes:
-                self._into.has_warned_of_writes = True
-                name = next(t.name for t in self.targets.values() if t.tensor is tensor)
-                warnings.warn(
-                    f"{TITLE}.update: the teacher's '{name}' was written since the last update. If "
-                    "an optimizer has it, take the teacher's parameters out of its groups: only "
-                    "update() should move them. What you have loaded into it yourself is fine",
-                    UserWarning,
-                    stacklevel=5,
-                )
+        narrow = {tensor.dtype for tensor in self._params} & {*_HALF_ULP}
+        narrow = {dtype for dtype in narrow if 0 < momentum < _HALF_ULP[dtype]}
+        if narrow and not self._into.has_warned_of_stall:
+            self._into.has_warned_of_stall = True
+            dtype = max(narrow, key=_HALF_ULP.__getitem__)
+            warnings.warn(
+                f"{TITLE}: the teacher is {dtype_name(dtype)} and the momentum {momentum:.4g}: an "
+                "update rounds to nothing where the student's value is nearer than about "
+                f"{_HALF_ULP[dtype] / momentum:.2g} times the average's own size, so the teacher "
+                "stands still. Keep it in float32 (teacher.float(); its forward may run under "
+                "autocast)",
+                UserWarning,
+                stacklevel=level + 1,
+            )
 
     def note_update(self) -> None:
         """To be called after each update."""
         self.note_write()
         # In turns: an optimizer writes all that it has, and to look at 500 takes 20 us.
-        watched, turn = self._watched, self._turn
-        self._seen = [(tensor, tensor._version) for tensor in watched[turn : turn + _NUM_WATCHED]]
-        self._turn = turn + _NUM_WATCHED if turn + _NUM_WATCHED < len(watched) else 0
+        if self._params:
+            self._turn = (self._turn + 1) % len(self._params)
+            self._seen = self._params[self._turn]
+            self._version = self._seen._version
 
     def forget(self) -> None:
         """What is written up to the next update is the user's affair."""
-        self._seen = []
+        self._seen = None
 
     def note_write(self) -> None:
         """To be called after each write to the teacher."""
-        self.forget()
-        self.shards.note_write()
-        self.tree.units.note_write()
+        self._seen = None
+        if self._is_sharded:
+            self._shards.note_write()
+            self.tree.units.note_write()
         if parametrize._cache_enabled:
             _caches.drop()
 
@@ -183,9 +208,8 @@ def _misfit(student: Member, target: Member, check_memory: Callable[[str, Member
         return f"has no average: {theirs} {str(error).partition(chr(39) + ' ')[2]}"
     if tensor.shape != own.shape:
         return f"has shape {list(tensor.shape)} but {theirs} has {list(own.shape)}"
-    if tensor.is_floating_point() != own.is_floating_point():
-        return f"is {dtype_name(tensor.dtype)} but {theirs} is {dtype_name(own.dtype)}"
-    if not tensor.is_floating_point() and tensor.dtype != own.dtype:
+    are_floats = tensor.is_floating_point() and own.is_floating_point()
+    if tensor.dtype != own.dtype and not are_floats:
         return f"is {dtype_name(tensor.dtype)} but {theirs} is {dtype_name(own.dtype)}"
     if not _shards.is_laid_alike(tensor, own):
         there, here = (_shards.described(t) or " whole" for t in (own, tensor))
@@ -247,7 +271,7 @@ class Into:
     start: Start
     is_within: bool = False
     has_warned_of_writes: bool = False
-    _has_warned_of_stall: bool = False
+    has_warned_of_stall: bool = False
     _patterns: list[tuple[str, re.Pattern[str], str]] = field(default_factory=list)
 
     @classmethod
@@ -364,23 +388,6 @@ class Into:
                 f"{TITLE}: '{name}' is on {student.device} and the teacher's on {teacher.device}: "
                 f"each update first copies {num_bytes:,} bytes there, and waits for it; put both "
                 "on one device, where an update reads and writes memory only",
-                UserWarning,
-                stacklevel=level + 1,
-            )
-
-    def warn_of_stall(self, momentum: float, dtypes: Iterable[torch.dtype], level: int) -> None:
-        """Warns, once, of a momentum that a teacher in 16 bits rounds away."""
-        if self._has_warned_of_stall or not momentum:
-            return
-        narrow = {dtype for dtype in dtypes if momentum < _HALF_ULP.get(dtype, 0)}
-        for dtype in sorted(narrow, key=str)[:1]:
-            self._has_warned_of_stall = True
-            warnings.warn(
-                f"{TITLE}: the teacher is {dtype_name(dtype)} and the momentum {momentum:.4g}: an "
-                "update rounds to nothing where the student's value is nearer than about "
-                f"{_HALF_ULP[dtype] / momentum:.2g} times the average's own size, so the teacher "
-                "stands still. Keep it in float32 (teacher.float(); its forward may run under "
-                "autocast)",
                 UserWarning,
                 stacklevel=level + 1,
             )

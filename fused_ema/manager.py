@@ -20,6 +20,7 @@ from fused_ema import (
     _checks,
     _counters,
     _named_state,
+    _observed,
     _shards,
     _slots,
     _sources,
@@ -134,6 +135,11 @@ class EMAManager:
             matches counts. The model itself may then be ``into``: what is renamed is averaged.
         start: With ``into``: ``"copy"``, the teacher starts as the student (what is tracked of it),
             or ``"keep"``, with the values that it has.
+        nonfinite: ``"skip"`` keeps the ema of an element whose param is NaN or infinite; by default
+            it becomes what torch makes of it. Each update then looks at the params first, and waits
+            for their device.
+        telemetry: True, or a number n for each n-th update: measure what :meth:`telemetry` returns.
+            A measured update takes several times as long, and a copy of the averages meanwhile.
         decay: Not taken; the error says which momentum it is.
 
     Raises:
@@ -179,6 +185,8 @@ class EMAManager:
         into: nn.Module | None = None,
         rename: _teacher.Rename | None = None,
         start: _teacher.Start = "copy",
+        nonfinite: _observed.Nonfinite = "propagate",
+        telemetry: bool | int = False,
         decay: None = None,
     ) -> None:
         if decay is not None:
@@ -197,6 +205,7 @@ class EMAManager:
         self._sources = sources
         self._into = _teacher.Into.parse(into, rename, start, ema_dtype=ema_dtype, device=device)
         self._averages = averages
+        self._observer = _observed.Observer.parse(nonfinite, telemetry)
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
         self._form: Form = form
@@ -234,9 +243,9 @@ class EMAManager:
         # conversion there and back could come to lie at the same address.
         self._places: list[tuple[int, object]] = []
         self._tracked, self._frozen = self._track("")
-        if self._into is not None:
-            constant = averages.momentum_at(0, 0) if averages.is_constant(0) else 0.0
-            self._into.warn_of_stall(constant, self._tracked.averaged_dtypes, level=2)
+        if self._into is not None and self._tracked.teacher is not None:
+            if averages.is_constant(0):
+                self._tracked.teacher.warn_of_stall(averages.momentum_at(0, 0), level=2)
             staged = {s.name: (s.param, s.ema) for s in self._tracked.staged}
             self._into.warn_of_stages(staged, level=2)
 
@@ -390,15 +399,19 @@ class EMAManager:
 
     # ---- in training
 
-    def update(self, iteration: int | None = None) -> None:
+    def update(self, iteration: int | None = None, *, found_inf: Tensor | None = None) -> None:
         """Offers an iteration: the ema moves where the interval says so. After each step.
 
         Args:
             iteration: Its 0-based number where somebody else counts; None to go on counting here.
+            found_inf: A tensor of one element, as a gradient scaler has it: where it isn't zero
+                the optimizer has skipped its step, so nothing happens here and nothing is counted.
+                On a device it is waited for.
 
         Raises:
             RuntimeError: The model is swapped, or its parameters were replaced or added.
-            TypeError: As :meth:`momentum_at`; a param was converted to a dtype that doesn't fit.
+            TypeError: As :meth:`momentum_at`; a param was converted to a dtype that doesn't fit;
+                ``found_inf`` is no tensor of one element.
             ValueError: As :meth:`momentum_at`; an iteration below 0; a param was resized, or moved
                 to another device.
 
@@ -410,6 +423,8 @@ class EMAManager:
             else _checks.count("EMAManager.update", "iteration", iteration, 0)
         )
         self._refuse_update("update")
+        if found_inf is not None and _checks.flag("EMAManager.update", "found_inf", found_inf):
+            return
         if i < self._begin:
             self._apply(None)
         elif (i + 1) % self._interval == 0:
@@ -502,6 +517,29 @@ class EMAManager:
                 return optimizer
         return None
 
+    def telemetry(self, by_name: bool = False, group: Any = None) -> dict[str, float]:
+        """What the latest measured update has found, for a logger; empty before the first.
+
+        ``ema/lag_norm``, of param - ema after the update; ``ema/param_norm``; ``ema/largest_lag``;
+        ``ema/nonfinite``, how many elements of params are NaN or infinite, which the others leave
+        out; ``ema/stalled``, how many differ from their ema, which didn't move. Of averages with
+        names ``ema/fast/lag_norm``. Reads each device once; nothing before is read.
+
+        Args:
+            by_name: Each tensor as well: ``ema/lag_norm/0.weight``.
+            group: Of a sharded model, the process group whose ranks are taken together, each of
+                which calls this; None for what this rank holds.
+
+        Raises:
+            RuntimeError: The manager was made without ``telemetry=``.
+        """
+        if self._observer is None or not self._observer.every:
+            raise RuntimeError(
+                f"{_TITLE}.telemetry: nothing is measured; make the manager with telemetry=True, "
+                "or telemetry=100 to measure each hundredth update"
+            )
+        return self._observer.telemetry(self._averages.names, by_name, group)
+
     def _trained(self) -> dict[str, list[Tensor]]:
         """The parameters that are averaged and require a gradient, with what stands for them."""
         trained = {}
@@ -515,7 +553,7 @@ class EMAManager:
         """Averages, with a momentum for each average, or copies everything where there are none."""
         tracked = self._tracked
         if tracked.teacher is not None:
-            tracked.teacher.prepare("update")
+            tracked.teacher.prepare(None if momenta is None else momenta[0])
         if not tracked.is_current_so_far():
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
@@ -525,14 +563,17 @@ class EMAManager:
             self._tracked = tracked = tracked.restaged()
         if tracked.tied:
             tracked.check_geometry("update", tracked.tied)
-        if (teacher := tracked.teacher) is not None:
-            teacher.warn(None if momenta is None else momenta[0], tracked.averaged_dtypes)
         try:
             plan = tracked.plan
             num_refreshes = plan._num_refreshes
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.followed for slot in staged])
-            if momenta is None:
+            if (observer := self._observer) is not None:
+                if momenta is None:
+                    observer.follow(tracked)
+                else:
+                    tracked.update(momenta, self._form, observer.average)
+            elif momenta is None:
                 tracked.follow()
             else:
                 tracked.update(momenta, self._form)
@@ -542,8 +583,8 @@ class EMAManager:
             raise
         if plan._num_refreshes != num_refreshes:
             tracked.lay_anew()
-        if teacher is not None:
-            teacher.note_update()
+        if tracked.teacher is not None:
+            tracked.teacher.note_update()
 
     # ---- for evaluation
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name
-from fused_ema.ops import Form
 
 __all__ = [
     "DTYPE_PAIRS",
@@ -48,7 +47,7 @@ def reference_update(ema: Tensor, param: Tensor, momentum: float) -> Tensor:
     return (1.0 - momentum) * ema.double() + momentum * param.double()
 
 
-def update_tolerance(ema: Tensor, param: Tensor, momentum: float, form: Form = "lerp") -> Tensor:
+def update_tolerance(ema: Tensor, param: Tensor, momentum: float, form: str = "lerp") -> Tensor:
     """The largest error that rounding explains, elementwise, in float64.
 
     One rounding of the result in the ema's dtype, and up to three of intermediate values in the

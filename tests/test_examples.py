@@ -118,3 +118,27 @@ def test_fsdp2_killed_and_resumed_on_as_many_processes_or_more(two, three, tmp_p
             assert_bits_equal(actual[path], value, str(path))
         else:
             assert actual[path] == value, path
+
+
+@pytest.fixture
+def one_thread():
+    """Networks this small wait for a second one longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_mean_teacher_adds_to_what_the_labels_teach(one_thread):
+    train = runpy.run_path(str(ROOT / "examples" / "teacher.py"))["train"]
+    alone, _ = train(weight=0)
+    student, teacher = train()
+    assert 0.7 < alone < min(student, teacher)
+
+
+@pytest.mark.parametrize("is_hard", [False, True], ids=["averaged", "copied"])
+def test_a_target_network_leads_to_the_end_of_the_corridor(is_hard, one_thread):
+    train = runpy.run_path(str(ROOT / "examples" / "target_network.py"))["train"]
+    assert train(steps=0, is_hard=is_hard) < 0
+    # At best 1 - 0.01 for each of 5 steps on the average.
+    assert train(is_hard=is_hard) == pytest.approx(0.96, abs=0.02)

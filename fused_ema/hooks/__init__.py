@@ -3,7 +3,7 @@
 Each maps a framework's events to fused_ema and needs that framework alone: ``mmcv``,
 ``mmengine``, ``swa_utils`` (torch's own), ``timm``, ``torch_ema``, ``diffusers``, ``lightning``,
 ``transformers``, ``deepspeed``; for teachers and target networks ``lightly``,
-``stable_baselines3``.
+``stable_baselines3``, ``torchrl``, ``trl``, ``mmdet``.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from types import GeneratorType
 from typing import Any
@@ -16,15 +16,23 @@ from fused_ema import _shards, _tracking
 from fused_ema.hooks import _pairs
 
 
-class _Kept:
-    """What was found of a model and its teacher: their tensors and dicts, but not the modules."""
+class Kept:
+    """The pairs of a model and its teacher, with the dicts that hold them, but not the modules.
 
-    def __init__(self, where: str, model: nn.Module, teacher: nn.Module) -> None:
+    Args:
+        pairs: What was found.
+        model: The model.
+        teacher: Where it is a module of its own.
+    """
+
+    def __init__(
+        self, pairs: _pairs.Pairs, model: nn.Module, teacher: nn.Module | None = None
+    ) -> None:
         self._model = weakref.ref(model)
-        self.pairs = pairs_of(where, model, teacher)
+        self.pairs = pairs
         owned: list[dict[str, Any]] = [
             own
-            for root in (teacher, model)
+            for root in (model,) + (() if teacher is None else (teacher,))
             for module in root.modules()
             for own in (module._parameters, module._modules)
             if isinstance(own, dict)  # A ScriptModule's are none; they don't change.
@@ -38,7 +46,7 @@ class _Kept:
 
 
 # By teacher, so that nothing outlives it.
-_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
 
 
 def params_of(where: str, model: nn.Module, teacher: nn.Module) -> _pairs.Pairs:
@@ -51,7 +59,7 @@ def params_of(where: str, model: nn.Module, teacher: nn.Module) -> _pairs.Pairs:
     """
     kept = _kept.get(teacher) if isinstance(teacher, nn.Module) else None
     if kept is None or not kept.is_of(model):
-        kept = _kept[teacher] = _Kept(where, model, teacher)
+        kept = _kept[teacher] = Kept(pairs_of(where, model, teacher), model, teacher)
     return kept.pairs
 
 
@@ -69,18 +77,31 @@ def pairs_of(where: str, model: nn.Module, teacher: nn.Module) -> _pairs.Pairs:
             f"fused_ema.{where}: the teacher has {len(averaged)} parameters but the model has "
             f"{len(live)}; pass the two that belong together, or fused_ema.EMAManager of a part"
         )
-    for name, tensor in (*live.items(), *zip(live, averaged, strict=True)):
-        if _shards.is_partitioned(tensor):
-            raise ValueError(
-                f"fused_ema.{where}: '{name}' is partitioned by ZeRO-3, so that this rank holds a "
-                "shard; use ZeRO-1 or 2, or the framework's own function, which gathers both models"
-            )
-        if not tensor.is_floating_point():
-            raise TypeError(
-                f"fused_ema.{where}: '{name}' is {tensor.dtype}, of which there is no average; "
-                "pass modules whose parameters are floating-point"
-            )
-    return _pairs.Pairs(averaged, list(live.values()), list(live), converts=True)
+    return checked_pairs(
+        where, [(a, p, name) for a, (name, p) in zip(averaged, live.items(), strict=True)]
+    )
+
+
+def checked_pairs(where: str, found: Sequence[tuple[Tensor, Tensor, str]]) -> _pairs.Pairs:
+    """Of averages, the parameters that they follow, and names."""
+    for averaged, live, name in found:
+        for tensor in (averaged, live):
+            if _shards.is_partitioned(tensor):
+                raise ValueError(
+                    f"fused_ema.{where}: '{name}' is partitioned by ZeRO-3, so that this rank "
+                    "holds a shard; use ZeRO-1 or 2, or the framework's own, which gathers both"
+                )
+            if not tensor.is_floating_point():
+                raise TypeError(
+                    f"fused_ema.{where}: '{name}' is {tensor.dtype}, of which there is no average; "
+                    "pass modules whose parameters are floating-point"
+                )
+    return _pairs.Pairs(
+        [averaged for averaged, _, _ in found],
+        [live for _, live, _ in found],
+        [name for _, _, name in found],
+        converts=True,
+    )
 
 
 _code = nn.Module.parameters.__code__

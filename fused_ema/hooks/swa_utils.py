@@ -72,6 +72,25 @@ class _Ema(_Average):
         theirs(averaged, params, num_averaged)
 
 
+class _EachEma:
+    """Torch's function for one tensor; AveragedModel below runs it over whole lists."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = _shadow.checked_decay("hooks.swa_utils.get_ema_avg_fn", "decay", decay)
+
+    def __repr__(self) -> str:
+        return f"get_ema_avg_fn({self.decay})"
+
+    @torch.no_grad()
+    def __call__(self, averaged: Tensor, param: Tensor, num_averaged: Tensor | int) -> Tensor:
+        return self.decay * averaged + (1 - self.decay) * param
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether a momentum tells the decay: from 0.5 on always."""
+        return 1 - (1 - self.decay) == self.decay
+
+
 class _Swa(_Average):
     def __repr__(self) -> str:
         return "get_swa_multi_avg_fn()"
@@ -118,6 +137,23 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAvgFn:
         ... )
     """
     return _Ema(decay)
+
+
+def get_ema_avg_fn(decay: float = 0.999) -> AvgFn:
+    """A function for ``avg_fn`` that keeps an exponential moving average.
+
+    ``averaged = decay * averaged + (1 - decay) * param`` in three rounded operations, with the bits
+    of torch's own. :class:`AveragedModel` of this module runs it over all tensors at once
+    (``form="two_products"``), torch's class over one after the other. It can be pickled and copied.
+
+    Args:
+        decay: The weight of the old value, in [0, 1].
+
+    Raises:
+        TypeError: No number.
+        ValueError: Outside of [0, 1].
+    """
+    return _EachEma(decay)
 
 
 def get_swa_multi_avg_fn() -> MultiAvgFn:
@@ -225,10 +261,11 @@ class AveragedModel(_shadow.ModuleCopy):
             self._call(function, self._lists_of_others(averaged))
         elif self.multi_avg_fn is not None:
             self._call(self.multi_avg_fn, self._lists(model))
+        elif isinstance(self.avg_fn, _EachEma) and self.avg_fn.is_exact:
+            averaged.update(1 - self.avg_fn.decay, "two_products")
+            self._call_each(self.avg_fn, self._lists_of_others(averaged))
         elif self.avg_fn is not None:
-            with torch.no_grad():
-                for a, p in zip(*self._lists(model), strict=True):
-                    a.copy_(self.avg_fn(a, p, self.n_averaged.to(a.device)))
+            self._call_each(self.avg_fn, self._lists(model))
         copied.copy()
         with torch.no_grad():
             self.n_averaged.add_(1)
@@ -241,6 +278,11 @@ class AveragedModel(_shadow.ModuleCopy):
         groups = _group_tensors_by_device_and_dtype([list(lists[0]), list(lists[1])])
         for (device, _), ((averaged, params), _) in groups.items():
             function(averaged, params, self.n_averaged.to(device))  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _call_each(self, function: AvgFn, lists: tuple[list[Tensor], list[Tensor]]) -> None:
+        for a, p in zip(*lists, strict=True):
+            a.copy_(function(a, p, self.n_averaged.to(a.device)))
 
     def _lists(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         tensors_of = _members if self.use_buffers else _params

@@ -238,6 +238,18 @@ def test_the_numbers_of_lightnings_own(tmp_path, dtype):
         assert ((b.double() - e).abs() <= bound).all(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_of_lightnings_own(tmp_path, dtype):
+    ours, theirs = Module(dtype), Module(dtype)
+    make_trainer(tmp_path, EMAWeightAveraging(decay=0.9)).fit(theirs, loader())
+    ema = EMA(momentum=1 - 0.9, begin=1, ema_dtype="param", form="two_products")
+    make_trainer(tmp_path, ema).fit(ours, loader())
+    expected = dict(theirs.named_parameters())
+    assert len(expected) > 5
+    for name, p in ours.named_parameters():
+        same(p.detach(), expected[name].detach(), name)
+
+
 # ---- when it updates
 
 

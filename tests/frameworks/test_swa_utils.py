@@ -109,6 +109,34 @@ def test_the_bits_of_torch_s(backend, make, dtype, use_buffers, function):
         assert averaged.module.body[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+# 0.1: 1 - (1 - 0.1) isn't 0.1 in fp64.
+@pytest.mark.parametrize("decay", [0.9, 0.1])
+@pytest.mark.parametrize("use_buffers", [False, True])
+@pytest.mark.parametrize("dtype", ROUNDINGS)
+def test_the_bits_of_torch_s_function_for_one_tensor(backend, dtype, use_buffers, decay):
+    model = without_bools(mixed(dtype))
+    our_fn, their_fn = ours.get_ema_avg_fn(decay), theirs.get_ema_avg_fn(decay)
+    reference = theirs.AveragedModel(model, avg_fn=their_fn, use_buffers=use_buffers)
+    averages = [
+        ours.AveragedModel(model, avg_fn=our_fn, use_buffers=use_buffers),
+        theirs.AveragedModel(model, avg_fn=our_fn, use_buffers=use_buffers),
+    ]
+    for step in range(4):
+        move(model, step)
+        reference.update_parameters(model)
+        for averaged in averages:
+            averaged.update_parameters(model)
+            assert_same(all_of(averaged), all_of(reference))
+
+
+def test_the_function_for_one_tensor_runs_over_lists(monkeypatch):
+    model = Net()
+    averaged = ours.AveragedModel(model, avg_fn=ours.get_ema_avg_fn(0.9))
+    averaged.update_parameters(model)
+    monkeypatch.setattr(type(averaged.avg_fn), "__call__", None)
+    averaged.update_parameters(model)
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("avg_fn", [theirs.get_ema_avg_fn(0.9), theirs.get_swa_avg_fn()])
 def test_a_function_of_the_user_s_is_called_as_torch_does(use_buffers, avg_fn):
