@@ -13,7 +13,10 @@
 #include <exception>
 #include <mutex>
 #include <thread>
+#include <typeinfo>
 #include <utility>
+
+#include "choice.h"
 
 namespace fused_ema {
 namespace {
@@ -312,20 +315,39 @@ bool set_sharing(const char* name) {
 }
 
 void share_chunks(int64_t num_chunks, const ChunkFunction& f) {
+  const auto alone = [&] {
+    for (int64_t i = 0; i < num_chunks; ++i) f(i);
+  };
   const int num_threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-  if (num_threads > 1) {
-    const Sharing way = sharing;
-    Pool& pool = Pool::of_this_thread();
-    if (way == Sharing::kTorch || (way == Sharing::kAuto && pool.is_worth_asking(num_threads))) {
+  if (num_threads == 1) return alone();
+  Pool& pool = Pool::of_this_thread();
+  switch (sharing.load()) {
+    case Sharing::kTorch:
       return pool.run(num_chunks, num_threads, f);
-    }
-    const int64_t start = now();
-    const int64_t patience = way == Sharing::kHelpers ? 0 : kPatience;
-    if (Helpers::here().run(num_chunks, num_threads - 1, patience, f)) {
-      return pool.was_not_asked(start, now());
-    }
+    case Sharing::kHelpers:
+      if (!Helpers::here().run(num_chunks, num_threads - 1, 0, f)) alone();
+      return;
+    case Sharing::kAuto:
+      break;
   }
-  for (int64_t i = 0; i < num_chunks; ++i) f(i);
+  const bool asks_pool = pool.is_worth_asking(num_threads);
+  Choice& choice = Choices::of_this_thread().of(&f.target_type(), num_chunks, asks_pool);
+  const bool is_alone = choice.is_alone();
+  const int64_t start = now();
+  bool is_shared = !is_alone && asks_pool;
+  if (is_shared) {
+    pool.run(num_chunks, num_threads, f);
+  } else {
+    is_shared = !is_alone && Helpers::here().run(num_chunks, num_threads - 1, kPatience, f);
+    if (!is_shared) alone();
+  }
+  const int64_t end = now();
+  if (!is_shared || !asks_pool) pool.was_not_asked(start, end);
+  if (is_shared) {
+    choice.was_shared(end - start);
+  } else {
+    choice.was_alone(end - start);
+  }
 }
 
 }  // namespace fused_ema

@@ -4,7 +4,9 @@
 // by 5 to 15 ms where another program holds its core, long after the work is done. So torch's pool
 // takes the chunks only while its threads are awake, as in a hot loop or right after an optimizer's
 // step. Otherwise this thread begins alone, and calls threads of our own once the work has proved
-// long; it waits for none of them that has taken nothing.
+// long; it waits for none of them that has taken nothing. A thread that has taken something may
+// lose its core to another program, so where sharing has lost of late this thread works alone
+// (choice.h).
 #pragma once
 
 #include <algorithm>

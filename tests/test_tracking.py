@@ -236,6 +236,16 @@ def test_what_the_native_check_of_slots_refuses(arguments, error, message):
         _native.C.slots_hold(*arguments)
 
 
+def test_the_native_check_of_lists_compares_objects_not_values():
+    one, other = [1], [1]
+    for a, b in (([one, None], (one, None)), ((), []), ([one], [one])):
+        assert _native.C.hold_same(a, b)
+    for a, b in (([one], [other]), ([one], [one, None]), ([one, other], [other, one])):
+        assert not _native.C.hold_same(a, b)
+    with pytest.raises(TypeError, match="lists or tuples, not a dict"):
+        _native.C.hold_same([], {})
+
+
 @pytest.mark.parametrize("backend", ["native", "foreach"], indirect=True)
 def test_another_name_is_another_tensor(backend):
     model = nn.Module()
