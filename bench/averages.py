@@ -23,6 +23,7 @@ KINDS = {
     "two averages": ((0.05, 0.10), False),
     "three averages": ((0.04, 0.08, 0.16), False),
     "means alone": ((), True),
+    "one and means": ((0.05,), True),
     "two and means": ((0.05, 0.10), True),
 }
 _LAST_FIFTH = "the last fifth"

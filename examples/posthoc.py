@@ -37,15 +37,14 @@ def train(folder: Path, steps: int = STEPS) -> nn.Module:
     """Trains, with snapshots of two averages and of the means between."""
     model, draw = make_model(), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    emas = [EMAManager(model, momentum_fun=schedules.power(std)) for std in (0.05, 0.10)]
-    posthoc.Snapshots(emas, folder, every=max(1, steps // 30), at=[steps], means=True)
+    ema = EMAManager(model, {"short": schedules.power(0.05), "long": schedules.power(0.10)})
+    posthoc.Snapshots(ema, folder, every=max(1, steps // 30), at=[steps], means=True)
     for _ in range(steps):
         x, y = batch_of(draw, BATCH, noise=0.5)
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
-        for ema in emas:
-            ema.update()
+        ema.update()
     return model
 
 

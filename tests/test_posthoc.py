@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from units import NUM, Unit, manager, trained
 
-from fused_ema import EMAManager, posthoc, schedules
+from fused_ema import EMAManager, posthoc, schedules, state
 from fused_ema.posthoc._profiles import Halving, Kept, Momenta, Power, Window, inner
 from fused_ema.posthoc._solve import solve
+from fused_ema.testing import assert_bits_equal
 
 GAMMA = schedules._gamma_of_std
 
@@ -407,3 +408,29 @@ def test_one_snapshot(tmp_path):
 def test_what_cant_be_had(folder, asked, message):
     with pytest.raises(ValueError, match=message):
         posthoc.reconstruct(folder, **asked)
+
+
+def test_a_manager_of_several_averages(tmp_path):
+    model = Unit()
+    widths = {"short": schedules.power(0.05), "long": schedules.power(0.10)}
+    several = EMAManager(model, widths)
+    apart = [manager(model, schedule) for schedule in widths.values()]
+    posthoc.Snapshots(several, tmp_path / "several", every=20, means=True)
+    posthoc.Snapshots(dict(zip(widths, apart, strict=True)), tmp_path / "apart", every=20)
+    trained(model, several, *apart)
+    files = sorted(path.name for path in (tmp_path / "apart").iterdir())
+    assert len(files) == 24
+    for name in files:
+        both = [state.read(tmp_path / folder / name).ema for folder in ("several", "apart")]
+        assert_bits_equal(both[0]["weight"], both[1]["weight"], name)
+    files = [tmp_path / "several" / name for name in files]
+    one, other = (posthoc.reconstruct(f, std=0.07) for f in (files, tmp_path / "apart"))
+    assert_bits_equal(one.ema["weight"], other.ema["weight"], "reconstructed")
+    was = dict(several.named_emas("short"))["weight"].clone()
+    posthoc.reconstruct(files, std=0.07, at=200, into=several, average="long")
+    assert (several.iteration, several.num_updates) == (200, 200)
+    expected = posthoc.reconstruct(files, std=0.07, at=200).ema["weight"]
+    assert_bits_equal(dict(several.named_emas("long"))["weight"], expected, "long")
+    assert_bits_equal(dict(several.named_emas("short"))["weight"], was, "short")
+    with pytest.raises(ValueError, match=r"keeps 2 averages, .* pass the name of one"):
+        posthoc.reconstruct(files, std=0.07, into=several)

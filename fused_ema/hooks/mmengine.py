@@ -721,10 +721,12 @@ class FusedSnapshotHook(_hooks.Hook):  # type: ignore[misc]
         interval: int = 1,
         **options: Any,
     ) -> None:
-        self._schedules = [schedules.power(one, interval) for one in std]
+        self._momenta = {
+            f"power-{one:g}".replace(".", "_"): schedules.power(one, interval) for one in std
+        }
         self._interval = interval
         self._options = {"folder": folder, "every": every, **options}
-        self._managers: list[EMAManager] = []
+        self._manager: EMAManager | None = None
         self._snapshots: Snapshots | None = None
         self._pending: Mapping[str, Any] | None = None
 
@@ -737,22 +739,17 @@ class FusedSnapshotHook(_hooks.Hook):  # type: ignore[misc]
         Raises:
             ValueError: The checkpoint that is resumed has no such averages, or of another model.
         """
-        self._managers = [
-            EMAManager(runner.model, momentum_fun=one, interval=self._interval, buffers="average")
-            for one in self._schedules
-        ]
-        self._snapshots = Snapshots(self._managers, **self._options)
+        self._manager = EMAManager(runner.model, self._momenta, self._interval, buffers="average")
+        self._snapshots = Snapshots(self._manager, **self._options)
         pending, self._pending = self._pending, None
         if runner.iter > 0:
-            if pending is None or len(pending["managers"]) != len(self._managers):
-                has = 0 if pending is None else len(pending["managers"])
+            if pending is None:
                 raise ValueError(
                     f"fused_ema.FusedSnapshotHook: training resumes at iteration {runner.iter} "
-                    f"from a checkpoint with {has} averages for snapshots, and std has "
-                    f"{len(self._managers)}; resume one that was saved with this hook"
+                    "from a checkpoint that has no averages for snapshots; resume one that was "
+                    "saved with this hook"
                 )
-            for manager, state in zip(self._managers, pending["managers"], strict=True):
-                manager.load_state_dict(state)
+            self._manager.load_state_dict(pending["manager"])
             self._snapshots.load_state_dict(pending["snapshots"])
 
     def after_train_iter(
@@ -766,8 +763,8 @@ class FusedSnapshotHook(_hooks.Hook):  # type: ignore[misc]
             data_batch: Unused.
             outputs: Unused.
         """
-        for manager in self._managers:
-            manager.update(runner.iter)
+        if self._manager is not None:
+            self._manager.update(runner.iter)
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Adds the averages.
@@ -776,9 +773,9 @@ class FusedSnapshotHook(_hooks.Hook):  # type: ignore[misc]
             runner: MMEngine's Runner.
             checkpoint: What is saved.
         """
-        if self._snapshots is not None:
+        if self._manager is not None and self._snapshots is not None:
             checkpoint[self._KEY] = {
-                "managers": [manager.state_dict() for manager in self._managers],
+                "manager": self._manager.state_dict(),
                 "snapshots": self._snapshots.state_dict(),
             }
 

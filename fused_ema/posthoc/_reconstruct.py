@@ -224,6 +224,7 @@ def reconstruct(
     weights: Callable[[int], float] | None = None,
     at: int | None = None,
     into: Into = None,
+    average: str | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     max_error: float = MAX_ERROR,
@@ -253,7 +254,8 @@ def reconstruct(
         at: The number of iterations that the average has seen; None for all up to the last
             snapshot.
         into: None to return it; a file's name for safetensors; a module, which it is written into
-            by name; or a manager, whose averages it becomes, with its iteration.
+            by name; or a manager, whose average it becomes, with its iteration.
+        average: Of a manager of several: which one.
         dtype: Of what is returned or written to a file; None for float32 (float64 of float64).
         device: Where it is computed; None for where it is written to.
         max_error: Above it a warning says which snapshots would have helped.
@@ -287,7 +289,9 @@ def reconstruct(
     solution = solution_of(snapshots, target)
     result = _result(found, snapshots, solution, target.text, target.iteration)
     _warn(result, snapshots, target, max_error)
-    return _delivered(result, snapshots, solution.coefficients, into, dtype, device, progress)
+    return _delivered(
+        result, snapshots, solution.coefficients, into, dtype, device, progress, average
+    )
 
 
 def _result(
@@ -333,6 +337,7 @@ def _delivered(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     progress: Progress | None,
+    average: str | None = None,
 ) -> Reconstruction:
     where = None if device is None else _checks.device("posthoc.reconstruct", device)
     total = Sum(snapshots, coefficients, dtype, where, progress)
@@ -341,7 +346,7 @@ def _delivered(
     elif isinstance(into, EMAManager):
         interval, begin = into._interval, into._begin
         num_updates = max(0, result.iteration // interval - begin // interval)
-        total.into_manager(into, result.iteration, num_updates)
+        total.into_manager(into, average, result.iteration, num_updates)
     elif isinstance(into, nn.Module):
         total.into_module(into)
     else:

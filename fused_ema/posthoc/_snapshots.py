@@ -44,8 +44,8 @@ class Snapshots:
     It belongs to the manager from then on: after each of its updates it looks whether the iteration
     is one to save, and so one line is all there is to write, whoever calls the update::
 
-        ema = EMAManager(model, momentum_fun=schedules.power(0.05))
-        Snapshots(ema, "snapshots", every=1000)
+        widths = {"short": schedules.power(0.05), "long": schedules.power(0.10)}
+        Snapshots(EMAManager(model, widths), "snapshots", every=1000)
 
     Each average of each iteration is one safetensors file, complete or not there, that serves by
     itself too: ``fused_ema.state.read``, ``python -m fused_ema inspect``. Of a sharded model each
@@ -58,14 +58,14 @@ class Snapshots:
     Args:
         ema: The manager, of one average or of several; or several managers of one model, in a list
             or by name; or the callback that makes it: ``hooks.lightning.EMA``,
-            ``hooks.transformers.EMACallback``. With momenta that are power functions of two widths
-            any other comes out; of whatever momenta, what they span.
+            ``hooks.transformers.EMACallback``, without DeepSpeed. With momenta of two power
+            functions any other comes out; of whatever momenta, what they span.
         folder: Is made where it isn't there.
         every: Save after each so many iterations.
         at: Save after these numbers of iterations as well.
         averages: Save the manager's averages.
         means: Save the plain mean of the weights since the last snapshot as well: it takes another
-            average's memory and time, and gives any window and any slow profile, narrow ones too.
+            average's memory and time, and gives any window between snapshots.
         dtype: Of the files. bfloat16 halves them and costs precision: each value is off by up to
             0.4 %, which a reconstruction enlarges by the sum of its coefficients' sizes.
         keep_last: Keep the files of the last so many iterations, and remove others.

@@ -186,10 +186,12 @@ class Sum:
         self.into({member.name: member.tensor for member in tree.members}, "the model")
         tree.units.note_write()
 
-    def into_manager(self, manager: EMAManager, iteration: int, num_updates: int) -> None:
+    def into_manager(
+        self, manager: EMAManager, average: str | None, iteration: int, num_updates: int
+    ) -> None:
         if manager.is_swapped:
             raise RuntimeError(f"{READ}: the manager's model is swapped; swap back first")
-        self.into(dict(manager.named_emas()), "the manager")
+        self.into(dict(manager.named_emas(average)), "the manager")
         state: dict[str, Any] = manager.state_dict()
         state |= {"iteration": iteration, "num_updates": num_updates}
         manager.load_state_dict(state)
