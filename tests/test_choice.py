@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_what_loses_is_made_alone_and_tried_ever_less(decided):
     found = decided([(200, 900)] * 20_000)
     losses = [i for i, way in enumerate(found) if way == "s"]
     # 2 ** (12 * n // 8) - 1 calls alone after the n-th loss, 1023 at the most.
-    gaps = [b - a - 1 for a, b in zip(losses[1:], losses[2:], strict=False)]
+    gaps = [b - a - 1 for a, b in pairwise(losses[1:])]
     assert gaps[:7] == [1, 7, 15, 63, 127, 511, 1023]
     assert set(gaps[7:]) == {1023}
 
