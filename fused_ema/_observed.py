@@ -81,9 +81,9 @@ class Observer:
         tracked._average(momenta, form)
         rows: list[list[Tensor]] = [[] for _ in momenta]
         for slot, olds in zip(slots, before, strict=True):
-            finite = slot.source.isfinite()
+            finite = _finite_in(slot.source)
             for k, (ema, old) in enumerate(zip(slot.emas, olds, strict=True)):
-                if self._skips:
+                if self._skips and finite is not None:
                     ema.copy_(torch.where(finite, ema, old))
                 if is_measured:
                     rows[k].append(_row(ema, old, slot.source, finite))
@@ -133,23 +133,40 @@ def _largest(values: Sequence[float]) -> float:
 
 
 def _with_nonfinite(slots: Sequence[Slot]) -> list[Slot]:
-    finite = _storage.are_finite([slot.source for slot in slots])
+    """Those with elements that aren't finite, perhaps others too; waits for each device once."""
+    # A sum is finite only where all elements are, and eighty times as fast as isfinite() on a CPU.
+    finite = _storage.are_finite([_sum_of(slot.source) for slot in slots])
     return [slot for slot, is_finite in zip(slots, finite, strict=True) if not is_finite]
 
 
-def _row(ema: Tensor, old: Tensor, source: Tensor, finite: Tensor) -> Tensor:
+def _sum_of(values: Tensor) -> Tensor:
+    return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _finite_in(values: Tensor) -> Tensor | None:
+    """Which elements are finite; None where it is known, without a wait, that all are."""
+    if values.device.type == "cpu" and math.isfinite(_sum_of(values).item()):
+        return None
+    return values.isfinite()
+
+
+def _row(ema: Tensor, old: Tensor, source: Tensor, finite: Tensor | None) -> Tensor:
     """Squares of norms, counts, and the largest lag; of the finite elements but for their count."""
     dtype = torch.promote_types(ema.dtype, torch.float32)
-    param = torch.where(finite, source.to(dtype), 0)
-    lag = torch.where(finite, param - ema.to(dtype), 0)
+    param = source.to(dtype)
+    if finite is not None:
+        param = torch.where(finite, param, 0)
+    lag = param - ema.to(dtype)
+    if finite is not None:
+        lag = torch.where(finite, lag, 0)
     stalled = (ema == old) & (lag != 0)
-    largest = lag.abs().amax() if lag.numel() else lag.sum()
+    num_finite = source.numel() if finite is None else finite.count_nonzero()
     values = (
-        torch.linalg.vector_norm(lag, dtype=torch.float64).square(),
-        torch.linalg.vector_norm(param, dtype=torch.float64).square(),
-        finite.logical_not().sum(),
-        stalled.sum(),
-        largest,
+        lag.square().sum(),
+        param.square().sum(),
+        source.numel() - torch.as_tensor(num_finite, device=lag.device),
+        stalled.count_nonzero(),
+        lag.abs().amax() if lag.numel() else lag.sum(),
     )
     return torch.stack([value.to(torch.float64) for value in values])
 

@@ -307,16 +307,15 @@ class Tracked:
         if self.teacher is not None and momenta[0] == 1:
             self._replace()
             return
-        others = self.other_plans
-        if self.loose or others:
-            self.check_plans()
-        if self.loose:
-            sources = [slot.source for slot in self.loose]
-            for k, momentum in enumerate(momenta):
+        if not self.loose and self.num_averages == 1:
+            self.plan._update(momenta[0], form)
+            return
+        self.check_plans()
+        sources = [slot.source for slot in self.loose]
+        for k, (plan, momentum) in enumerate(zip(self.plans, momenta, strict=True)):
+            if sources:
                 ops._update([slot.emas[k] for slot in self.loose], sources, momentum, form)
-        self.plan._update(momenta[0], form)
-        for k, plan in enumerate(others, 1):
-            plan._update(momenta[k], form)
+            plan._update(momentum, form)
 
     def _replace(self) -> None:
         """Copies the averaged ones: a teacher that has got infinite goes on, too."""

@@ -298,7 +298,9 @@ class Into:
                     )
             return None
         if not isinstance(into, nn.Module):
-            raise TypeError(f"{TITLE}: into is a {type(into).__name__}; pass a torch.nn.Module")
+            raise TypeError(
+                f"{TITLE}: into is a {type(into).__name__}; pass a torch.nn.Module, one a manager"
+            )
         for name, value in more.items():
             if value is not None:
                 raise ValueError(

@@ -139,7 +139,7 @@ class EMAManager:
             it becomes what torch makes of it. Each update then looks at the params first, and waits
             for their device.
         telemetry: True, or a number n for each n-th update: measure what :meth:`telemetry` returns.
-            A measured update takes several times as long, and a copy of the averages meanwhile.
+            A measured update takes many times as long, and a copy of the averages meanwhile.
         decay: Not taken; the error says which momentum it is.
 
     Raises:
@@ -149,11 +149,14 @@ class EMAManager:
             matches nothing, a parameter that isn't initialised yet or is on the meta device,
             expanded tensors, tensors that overlap, a model that FSDP1 shards, DTensors with
             Partial placements, parameters that ZeRO-3 has partitioned; ranks that hold parts of a
-            model and differ. Of a sharded model what is wrong on one rank is the same error on all.
+            model and differ; a teacher that doesn't fit, is trained or shares tensors with the
+            model: one error that lists what, and nothing is written. Of a sharded model what is
+            wrong on one rank is the same error on all.
         RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows.
 
     Warns:
-        UserWarning: A constant momentum above 0.5, which most often is a decay.
+        UserWarning: A constant momentum above 0.5, which most often is a decay; a teacher in 16
+            bits whose momentum is rounded away, or on another device than the model.
 
     Example:
         >>> ema = fused_ema.EMAManager(model, momentum=0.001)
@@ -863,7 +866,7 @@ class EMAManager:
     def reset(self) -> None:
         """Starts anew: every ema a clone of its param or source, no iteration seen.
 
-        After pretrained weights were loaded into the model, for one.
+        After pretrained weights were loaded into the model, for one. A teacher becomes the model.
 
         Raises:
             RuntimeError: The model is swapped, or its parameters were replaced or added.
@@ -933,6 +936,12 @@ class EMAManager:
         stands the average in any case; of averages with names, each under its own. Of a sharded
         model they are DTensors with the placements of its own, as torch.distributed.checkpoint
         saves them and loads them onto any number of ranks.
+
+        With ``into=`` there are counters only, and for each tensor that isn't sharded the sum of
+        its bits: the averages are saved where the teacher is.
+
+        Raises:
+            RuntimeError: With ``into=`` while swapped.
         """
         if self._into is not None:
             return self._counters()
@@ -1017,6 +1026,7 @@ class EMAManager:
                 all.
             strict: False lets names be missing, whose averages start as clones of what the model
                 holds now, or be in the state alone, which are dropped. So it is with averages, too.
+                Of a state with ``into=`` it takes the counters, whatever the teacher holds.
             average: The name of the average to load, by itself: in a manager of several that one
                 moves alone, from the state's of that name, or from its only one; a manager of one
                 takes the state's of that name. Iteration, number of updates and buffers that aren't
@@ -1029,7 +1039,8 @@ class EMAManager:
         Raises:
             TypeError: Not a dictionary.
             ValueError: Another version, or names, shapes or dtypes that don't fit: one error that
-                lists them all, of the first average that doesn't fit. Averages of other names.
+                lists them all, of the first average that doesn't fit. Averages of other names. A
+                teacher that isn't the one that the state was saved beside.
             RuntimeError: The model is swapped, or its parameters were replaced or added. A sharded
                 one that :meth:`swap` has swapped takes a state of a swapped model: so
                 torch.distributed.checkpoint finds room for the raw weights.

@@ -61,7 +61,7 @@ def test_the_readme_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
 
-PAGES = ["index", "settings", "plans", "checkpoints", "choosing-an-average"]
+PAGES = ["index", "settings", "plans", "checkpoints", "choosing-an-average", "teachers"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -76,6 +76,13 @@ def test_what_a_page_shows_runs(page, tmp_path, monkeypatch):
         was = names["averages"][0].clone()
         names["plan"].update(0.25)
         assert torch.equal(names["averages"][0], was.lerp(names["params"][0], 0.25))
+    if page == "teachers":
+        student, teacher = names["model"]["student"], names["model"]["teacher"]
+        with torch.no_grad():
+            student[0].weight.add_(1)
+        want = teacher[0].weight.lerp(student[0].weight, 0.004)
+        names["ema"].update()
+        assert torch.equal(teacher[0].weight, want)
 
 
 def test_links_lead_somewhere():

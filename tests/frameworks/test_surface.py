@@ -21,26 +21,37 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="On January 1, 2023, MMCV will release")
     warnings.filterwarnings("ignore", "`torch.jit")
     import diffusers.training_utils
+    import lightly.models.utils
     import lightning.pytorch
     import mmengine.hooks
     import mmengine.model
+    import stable_baselines3.common.utils as sb3_utils
     import timm.utils
     import torch_ema as their_torch_ema
+    import torchrl.objectives
     import transformers
+    import trl.trainer.callbacks
     from mmdet.core.hook import ema as mmdet_ema
 
+    import fused_ema.hooks.lightly
     import fused_ema.hooks.lightning
+    import fused_ema.hooks.stable_baselines3
+    import fused_ema.hooks.torchrl
     import fused_ema.hooks.transformers
+    import fused_ema.hooks.trl
     from fused_ema.hooks import diffusers as our_diffusers
     from fused_ema.hooks import mmcv, swa_utils, torch_ema
     from fused_ema.hooks import mmengine as our_mmengine
     from fused_ema.hooks import timm as our_timm
+
+from test_torchrl import make_loss  # noqa: E402
 
 PAIRS = {
     ours: theirs
     for theirs, ours in (
         (torch_swa_utils.AveragedModel, swa_utils.AveragedModel),
         (torch_swa_utils.get_ema_multi_avg_fn, swa_utils.get_ema_multi_avg_fn),
+        (torch_swa_utils.get_ema_avg_fn, swa_utils.get_ema_avg_fn),
         (torch_swa_utils.get_swa_multi_avg_fn, swa_utils.get_swa_multi_avg_fn),
         (timm.utils.ModelEmaV3, our_timm.ModelEmaV3),
         (their_torch_ema.ExponentialMovingAverage, torch_ema.ExponentialMovingAverage),
@@ -50,6 +61,14 @@ PAIRS = {
         (mmengine.model.ExponentialMovingAverage, our_mmengine.FusedExponentialMovingAverage),
         (mmengine.model.MomentumAnnealingEMA, our_mmengine.FusedMomentumAnnealingEMA),
         (mmengine.model.StochasticWeightAverage, our_mmengine.FusedStochasticWeightAverage),
+        (lightly.models.utils.update_momentum, fused_ema.hooks.lightly.update_momentum),
+        (sb3_utils.polyak_update, fused_ema.hooks.stable_baselines3.polyak_update),
+        (torchrl.objectives.SoftUpdate, fused_ema.hooks.torchrl.SoftUpdate),
+        (torchrl.objectives.HardUpdate, fused_ema.hooks.torchrl.HardUpdate),
+        (
+            trl.trainer.callbacks.SyncRefModelCallback,
+            fused_ema.hooks.trl.SyncRefModelCallback,
+        ),
         (mmdet_ema.BaseEMAHook, mmcv.BaseEMAHook),
         (mmdet_ema.ExpMomentumEMAHook, mmcv.ExpMomentumEMAHook),
         (mmdet_ema.LinearMomentumEMAHook, mmcv.LinearMomentumEMAHook),
@@ -181,6 +200,9 @@ MAKE = {
     "BaseEMAHook": lambda cls: cls(),
     "ExpMomentumEMAHook": lambda cls: cls(),
     "LinearMomentumEMAHook": lambda cls: cls(),
+    "SoftUpdate": lambda cls: cls(make_loss(), tau=0.005),
+    "HardUpdate": lambda cls: cls(make_loss()),
+    "SyncRefModelCallback": lambda cls: cls(nn.Linear(2, 2), None),
 }
 MAKE_OF_MMENGINE = {"ExponentialMovingAverage": MAKE["MomentumAnnealingEMA"]}
 
