@@ -560,3 +560,24 @@ def test_they_say_what_they_are():
         "fused_ema.sources.optimizer_state(Kahan, 'key')",
     ]
     assert fused_ema.sources is sources
+
+
+class Elsewhere(torch.Tensor):
+    """Says that it is on another device, of which there is none here."""
+
+    device = torch.device("cuda", 0)
+
+
+def test_a_source_on_another_device_is_refused():
+    model = net()
+    source = torch.Tensor._make_subclass(Elsewhere, torch.ones(7))
+    message = re.escape("'0.bias' is on cpu but its source is on cuda:0; they must be on one")
+    with pytest.raises(ValueError, match=message):
+        EMAManager(model, momentum=M, sources={"0.bias": source})
+    given = {"0.bias": torch.ones(7)}
+    ema = EMAManager(model, momentum=M, sources=lambda: given)
+    before = {name: values.clone() for name, values in ema.named_emas()}
+    given = {"0.bias": source}
+    with pytest.raises(ValueError, match=f"update.*(?s:.)*{message}"):
+        ema.update()
+    assert_same(dict(ema.named_emas()), before)
