@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -218,7 +219,7 @@ def test_a_manager_that_does_something_else_fails_the_run(wrong, monkeypatch, ca
         if wrong == "walks":
             self._model.state_dict()
         if wrong == "momentum":
-            monkeypatch.setattr(self, "_momentum", 0.1251)
+            self._averages = replace(self._averages, momenta=(0.1251,))
         if wrong != "nothing":
             original(self, iteration)
 
@@ -242,9 +243,9 @@ def test_a_manager_that_does_something_else_fails_the_run(wrong, monkeypatch, ca
 def test_a_swap_that_allocates_fails_the_run(monkeypatch, capsys):
     original = fused_ema.EMAManager._swap_in
 
-    def swap_in(self, op):
+    def swap_in(self, *args):
         torch.empty(5)
-        original(self, op)
+        original(self, *args)
 
     monkeypatch.setattr(fused_ema.EMAManager, "_swap_in", swap_in)
     assert cli.main(QUICK) == 1

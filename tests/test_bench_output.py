@@ -8,9 +8,9 @@ import pytest
 from bench import __main__ as cli
 from bench import report
 
-WITHOUT_JSON = ("scale", "verdict")
+WITHOUT_JSON = ("averages", "scale", "verdict")
 WITH_JSON = [c for c in (*cli.COMMANDS, *cli.GPU_COMMANDS) if c not in WITHOUT_JSON]
-WITH_PLOT = ["ops", "train", "verdict"]
+WITH_PLOT = ["averages", "ops", "posthoc", "train", "verdict"]
 
 
 @pytest.fixture(autouse=True)
