@@ -157,6 +157,8 @@ def _write(axis: Any, x: float, y: float, text: str, is_kernel: bool = True) -> 
         fontsize=8.5,
         fontweight="bold" if is_kernel else "normal",
         color=COLORS["kernel"] if is_kernel else "#555555",
+        # Legible where it crosses the copy's line.
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
     )
 
 
