@@ -134,7 +134,7 @@ def plot(path: Path) -> list[Path]:
         axis.set_xticks([span * part // 4 for part in range(5)])
     axes[0].set_ylabel("weight of 1,000 iterations", fontsize=9)
     axes[0].legend(frameon=False, fontsize=8, loc="upper left")
-    figure.suptitle("What an average is made of", fontsize=11, fontweight="bold", x=0.02, ha="left")
+    report.title(figure, "What an average is made of")
     return report.save(figure, path)
 
 

@@ -171,13 +171,7 @@ def plot(content: dict[str, Any], path: Path) -> list[Path]:
         axis.set_xlabel("width of the average: std relative to the run", fontsize=9)
         axis.set_ylabel(label, fontsize=9)
     axes[1].legend(frameon=False, fontsize=8)
-    figure.suptitle(
-        "Digits: averages of all lengths from one training",
-        fontsize=11,
-        fontweight="bold",
-        x=0.02,
-        ha="left",
-    )
+    report.title(figure, "Digits: averages of all lengths from one training")
     return report.save(figure, path)
 
 

@@ -536,6 +536,11 @@ def style(axis: Any, values: Literal["x", "y"]) -> None:
         axis.spines[side].set_visible(False)
 
 
+def title(figure: Any, text: str) -> None:
+    """The title of a figure, where reading begins."""
+    figure.suptitle(text, fontsize=11, fontweight="bold", x=0.02, ha="left")
+
+
 def save(figure: Any, path: Path) -> list[Path]:
     """Writes and closes a figure: `path`.png and `path`.svg, which it returns."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -389,13 +389,7 @@ def plot(content: dict[str, Any], path: Path) -> list[Path]:
         fontsize=9,
         loc="left",
     )
-    figure.suptitle(
-        "Digits: test accuracy of raw weights and of their EMA",
-        fontsize=11,
-        fontweight="bold",
-        x=0.02,
-        ha="left",
-    )
+    report.title(figure, "Digits: test accuracy of raw weights and of their EMA")
     return report.save(figure, path)
 
 

@@ -49,6 +49,15 @@ def backend(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture
+def one_thread():
+    """Matrix products depend on the number of threads; and for small ones, one is quicker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one():
     """A process that is a group by itself, as two() are."""

@@ -120,15 +120,6 @@ def test_fsdp2_killed_and_resumed_on_as_many_processes_or_more(two, three, tmp_p
             assert actual[path] == value, path
 
 
-@pytest.fixture
-def one_thread():
-    """Networks this small wait for a second one longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_a_mean_teacher_adds_to_what_the_labels_teach(one_thread):
     train = runpy.run_path(str(ROOT / "examples" / "teacher.py"))["train"]
     alone, _ = train(weight=0)

@@ -39,15 +39,6 @@ F32 = (torch.float32, torch.float32)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture
-def one_thread():
-    """Matrix products depend on the number of threads; and for small ones, one is quicker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def averages_of(ema):
     return {name: tensor.clone() for name, tensor in ema.named_emas()}
 

@@ -495,14 +495,6 @@ def train(path, killed_at=None):
     }
 
 
-@pytest.fixture
-def one_thread():
-    kept = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(kept)
-
-
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, one_thread):
     path, killed_at = tmp_path / "checkpoint.pt", 10
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
