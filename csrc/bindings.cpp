@@ -64,32 +64,39 @@ class Held {
 
 class HeldLists : public TensorLists {
  public:
-  HeldLists(Held first, Held second) : first_(std::move(first)), second_(std::move(second)) {}
+  // first: the lists of so many averages, one after the other.
+  HeldLists(Held first, Held second, int num_averages)
+      : first_(std::move(first)), second_(std::move(second)), num_averages_(num_averages) {}
   void reread() override {
     first_.reread();
     second_.reread();
   }
   const Tensors& first() const override { return first_.tensors(); }
   const Tensors& second() const override { return second_.tensors(); }
+  int num_averages() const override { return num_averages_; }
   bool are_in_place(size_t pair) const override {
-    return first_.is_in_place(pair) && second_.is_in_place(pair);
+    const size_t size = second_.tensors().size();
+    for (int k = 0; k < num_averages_; ++k) {
+      if (!first_.is_in_place(k * size + pair)) return false;
+    }
+    return second_.is_in_place(pair);
   }
 
  private:
   Held first_;
   Held second_;
+  const int num_averages_;
 };
 
 // Walks the list itself: torch's caster for vectors of tensors takes twice as long per tensor.
-Held unpack(const char* op, const char* side, PyObject* list) {
+void unpack_into(Held& tensors, const char* op, const std::string& side, PyObject* list) {
   if (!PyList_Check(list) && !PyTuple_Check(list)) {
     throw py::type_error(std::string("fused_ema.") + op + ": " + side + " is a " +
                          Py_TYPE(list)->tp_name + "; pass a list or tuple of tensors");
   }
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
   PyObject** items = PySequence_Fast_ITEMS(list);
-  Held tensors;
-  tensors.reserve(size);
+  tensors.reserve(tensors.tensors().size() + size);
   for (Py_ssize_t i = 0; i < size; ++i) {
     if (i + kTensorsAhead < size) prefetch_tensors(items + i);
     if (!THPVariable_Check(items[i])) {
@@ -98,7 +105,54 @@ Held unpack(const char* op, const char* side, PyObject* list) {
     }
     tensors.add(items[i]);
   }
+}
+
+Held unpack(const char* op, const char* side, PyObject* list) {
+  Held tensors;
+  unpack_into(tensors, op, side, list);
   return tensors;
+}
+
+// The lists of several averages, one after the other, each as long as `size` says.
+Held unpack_several(const char* op, PyObject* lists, size_t size) {
+  Held tensors;
+  const Py_ssize_t num_averages = PySequence_Fast_GET_SIZE(lists);
+  for (Py_ssize_t k = 0; k < num_averages; ++k) {
+    std::string side = "ema[";
+    side.append(std::to_string(k)).append("]");
+    unpack_into(tensors, op, side, PySequence_Fast_GET_ITEM(lists, k));
+    const size_t own = tensors.tensors().size() - k * size;
+    if (own != size) {
+      throw py::value_error(std::string("fused_ema.") + op + ": " + side + " holds " +
+                            std::to_string(own) + " tensors but params holds " +
+                            std::to_string(size) + "; pass lists of the same length");
+    }
+  }
+  return tensors;
+}
+
+// Several momenta, as a list or tuple of numbers or a 1-dim tensor, as the update that they ask
+// for.
+Operation parse_update_several(const char* op, py::handle momenta, int num_averages,
+                               const std::string& form) {
+  if (THPVariable_Check(momenta.ptr())) {
+    return update_operation(op, THPVariable_Unpack(momenta.ptr()), num_averages, form);
+  }
+  std::vector<double> values;
+  const bool is_list = PyList_Check(momenta.ptr()) || PyTuple_Check(momenta.ptr());
+  bool are_numbers = is_list;
+  for (Py_ssize_t k = 0; are_numbers && k < PySequence_Fast_GET_SIZE(momenta.ptr()); ++k) {
+    values.push_back(PyFloat_AsDouble(PySequence_Fast_GET_ITEM(momenta.ptr(), k)));
+    are_numbers = values.back() != -1.0 || PyErr_Occurred() == nullptr;
+  }
+  if (!are_numbers) {
+    PyErr_Clear();
+    throw py::type_error(
+        std::string("fused_ema.") + op + ": momentum is a " + Py_TYPE(momenta.ptr())->tp_name +
+        " for " + std::to_string(num_averages) +
+        " averages; pass a list of as many floats, or a 1-dim torch.float64 tensor");
+  }
+  return update_operation(op, std::move(values), num_averages, form);
 }
 
 // A number or a 0-dim tensor, as the update that it asks for.
@@ -122,6 +176,16 @@ void py_update(py::handle ema, py::handle params, py::handle momentum, const std
   const Operation operation = parse_update("update_", momentum, form);
   const py::gil_scoped_release no_gil;
   run_once(kUpdateSignature, a.tensors(), b.tensors(), operation);
+}
+
+void py_update_averages(py::handle emas, py::handle params, py::handle momenta,
+                        const std::string& form) {
+  const Held b = unpack("update_", "params", params.ptr());
+  const Held a = unpack_several("update_", emas.ptr(), b.tensors().size());
+  const auto num_averages = static_cast<int>(PySequence_Fast_GET_SIZE(emas.ptr()));
+  const Operation operation = parse_update_several("update_", momenta, num_averages, form);
+  const py::gil_scoped_release no_gil;
+  run_once(kUpdateSignature, a.tensors(), b.tensors(), operation, num_averages);
 }
 
 void py_swap(py::handle first, py::handle second) {
@@ -153,6 +217,7 @@ py::list describe(const Plan& plan) {
     entry["param_dtype"] = fact.param_dtype;
     entry["num_tensors"] = fact.num_tensors;
     entry["num_elements"] = fact.num_elements;
+    entry["num_averages"] = fact.num_averages;
     result.append(std::move(entry));
   }
   return result;
@@ -163,16 +228,16 @@ py::list tiles_of(const std::vector<std::tuple<uint64_t, uint64_t, int64_t>>& sp
                   int size_b) {
   std::vector<Span> list;
   for (const auto& [a, b, n] : spans) {
-    list.push_back(Span{reinterpret_cast<void*>(a), reinterpret_cast<void*>(b), n});
+    list.push_back(Span{{reinterpret_cast<void*>(a), reinterpret_cast<void*>(b)}, n});
   }
-  const TileTable table = make_tile_table(tile_shape(size_a, size_b), list);
+  const TileTable<2> table = make_tile_table(tile_shape(size_a, size_b), list);
   py::list result;
   for (size_t i = 0; i < table.tiles.size(); ++i) {
     const Tile& tile = table.tiles[i];
-    const Span& span = list[tile.pair];
-    const auto a = static_cast<char*>(tile.a) - static_cast<char*>(span.a);
-    const auto b = static_cast<char*>(tile.b) - static_cast<char*>(span.b);
-    result.append(py::make_tuple(tile.pair, a / size_a, b / size_b, tile.n,
+    const Span& span = list[tile.span];
+    const auto a = static_cast<char*>(tile.sides[0]) - static_cast<char*>(span.sides[0]);
+    const auto b = static_cast<char*>(tile.sides[1]) - static_cast<char*>(span.sides[1]);
+    result.append(py::make_tuple(tile.span, a / size_a, b / size_b, tile.n,
                                  static_cast<int64_t>(i) < table.num_block_tiles));
   }
   return result;
@@ -205,29 +270,46 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of fused_ema; fused_ema/ops.py and plan.py are its surface.";
   py::register_local_exception_translator(&translate_error);
   m.def("update_", &py_update);
+  m.def("update_averages_", &py_update_averages);
   m.def("swap_", &py_swap);
   m.def("copy_", &py_copy);
 
   py::class_<Plan>(m, "Plan")
       .def(py::init([](py::handle ema, py::handle params, std::vector<std::string> names,
-                       bool only_moves) {
-             auto lists = std::make_unique<HeldLists>(unpack("Plan", "ema", ema.ptr()),
-                                                      unpack("Plan", "params", params.ptr()));
+                       bool only_moves, bool is_several) {
+             Held second = unpack("Plan", "params", params.ptr());
+             const size_t size = second.tensors().size();
+             Held first = is_several ? unpack_several("Plan", ema.ptr(), size)
+                                     : unpack("Plan", "ema", ema.ptr());
+             const auto num_averages =
+                 is_several ? static_cast<int>(PySequence_Fast_GET_SIZE(ema.ptr())) : 1;
+             auto lists =
+                 std::make_unique<HeldLists>(std::move(first), std::move(second), num_averages);
              const auto exchanges = py::module_::import("torch.__future__")
                                         .attr("get_swap_module_params_on_conversion")();
              return std::make_unique<Plan>(std::move(lists), std::move(names), only_moves,
                                            exchanges.cast<bool>());
            }),
-           py::arg("ema"), py::arg("params"), py::arg("names"), py::arg("only_moves") = false)
+           py::arg("ema"), py::arg("params"), py::arg("names"), py::arg("only_moves") = false,
+           py::arg("is_several") = false)
       .def("update",
            [](Plan& plan, py::handle momentum, const std::string& form) {
              const Operation operation = parse_update("Plan.update", momentum, form);
              const py::gil_scoped_release no_gil;
              plan.update(operation);
            })
-      .def("swap", &Plan::swap, py::call_guard<py::gil_scoped_release>())
-      .def("copy_to_ema", &Plan::copy_to_ema, py::call_guard<py::gil_scoped_release>())
-      .def("copy_to_params", &Plan::copy_to_params, py::call_guard<py::gil_scoped_release>())
+      .def("update_averages",
+           [](Plan& plan, py::handle momenta, const std::string& form) {
+             const Operation operation =
+                 parse_update_several("Plan.update", momenta, plan.num_averages(), form);
+             const py::gil_scoped_release no_gil;
+             plan.update(operation);
+           })
+      .def("swap", &Plan::swap, py::arg("average") = 0, py::call_guard<py::gil_scoped_release>())
+      .def("copy_to_ema", &Plan::copy_to_ema, py::arg("average") = 0,
+           py::call_guard<py::gil_scoped_release>())
+      .def("copy_to_params", &Plan::copy_to_params, py::arg("average") = 0,
+           py::call_guard<py::gil_scoped_release>())
       .def("check", &Plan::check, py::call_guard<py::gil_scoped_release>())
       .def("describe", &describe)
       .def_property_readonly("num_refreshes",
@@ -271,6 +353,13 @@ TORCH_LIBRARY(fused_ema, m) {
   m.def("update_(Tensor(a!)[] ema, Tensor[] params, float momentum, str form='lerp') -> ()");
   m.def(
       "update_.tensor(Tensor(a!)[] ema, Tensor[] params, Tensor momentum, str form='lerp') -> ()");
+  // Of several averages: their lists one after the other, each as long as params.
+  m.def(
+      "update_averages_(Tensor(a!)[] ema, Tensor[] params, float[] momenta, str form='lerp') -> "
+      "()");
+  m.def(
+      "update_averages_.tensor(Tensor(a!)[] ema, Tensor[] params, Tensor momenta, str form='lerp')"
+      " -> ()");
   m.def("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()");
   m.def("copy_(Tensor(a!)[] dst, Tensor[] src) -> ()");
 }
@@ -283,6 +372,14 @@ TORCH_LIBRARY_IMPL(fused_ema, CompositeExplicitAutograd, m) {
   m.impl("update_.tensor", [](at::TensorList ema, at::TensorList params, const at::Tensor& momentum,
                               c10::string_view form) {
     update_(ema.vec(), params.vec(), momentum, std::string(form));
+  });
+  m.impl("update_averages_", [](at::TensorList ema, at::TensorList params,
+                                at::ArrayRef<double> momenta, c10::string_view form) {
+    update_averages_(ema.vec(), params.vec(), momenta.vec(), std::string(form));
+  });
+  m.impl("update_averages_.tensor", [](at::TensorList ema, at::TensorList params,
+                                       const at::Tensor& momenta, c10::string_view form) {
+    update_averages_(ema.vec(), params.vec(), momenta, std::string(form));
   });
   m.impl("swap_", [](at::TensorList a, at::TensorList b) { swap_(a.vec(), b.vec()); });
   m.impl("copy_", [](at::TensorList dst, at::TensorList src) { copy_(dst.vec(), src.vec()); });

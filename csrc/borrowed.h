@@ -34,15 +34,18 @@ class BorrowedTensors {
   Tensors tensors_;
 };
 
-// Two lists of Python objects with tensors inside, which may come to be others.
+// Two lists of Python objects with tensors inside, which may come to be others. The first may be
+// several, of averages of the same params, one after the other.
 class TensorLists {
  public:
   virtual ~TensorLists() = default;
   // Of the last reading.
   virtual const Tensors& first() const = 0;
   virtual const Tensors& second() const = 0;
+  virtual int num_averages() const = 0;
   virtual void reread() = 0;
-  // Whether a pair's objects hold the tensors still. Of one that they don't nothing may be asked.
+  // Whether a pair's objects, of every average, hold the tensors still. Of one that they don't
+  // nothing may be asked.
   virtual bool are_in_place(size_t pair) const = 0;
 };
 

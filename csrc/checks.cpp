@@ -11,9 +11,14 @@
 namespace fused_ema {
 namespace {
 
-std::string where(const char* side, size_t index, const std::vector<std::string>& names) {
-  std::string text = std::string(side) + "[" + std::to_string(index) + "]";
-  if (!names.empty()) text += " ('" + names[index] + "')";
+// Of a list that is as long as `size` says; of several such, one after the other, also which.
+std::string where(const char* side, size_t index, size_t size, bool is_one_of_several,
+                  const std::vector<std::string>& names) {
+  std::string text = side;
+  const auto add = [&](size_t number) { text.append("[").append(std::to_string(number)).append("]"); };
+  if (is_one_of_several) add(index / size);
+  add(index % size);
+  if (!names.empty()) text += " ('" + names[index % size] + "')";
   return text;
 }
 
@@ -216,14 +221,20 @@ template <Cache kTo>
 void look_at(const Signature& s, const Tensors& a, const Tensors& b, int64_t begin, int64_t end,
              CheckedPairs& checked) {
   LastPair last;
+  const auto size = static_cast<int64_t>(b.size());
+  const auto pair_of = [&](int64_t i) { return i < size ? i : i % size; };
   for (int64_t i = begin; i < end; ++i) {
     if (i + kTensorsAhead < end) {
-      for (const Tensors* list : {&a, &b}) {
-        prefetch_tensor<kTo>((*list)[i + kTensorsAhead].unsafeGetTensorImpl());
-        prefetch_memory<kTo>(storage_of(*(*list)[i + kTensorsAhead / 2].unsafeGetTensorImpl()));
+      const int64_t further = i + kTensorsAhead;
+      const int64_t nearer = i + kTensorsAhead / 2;
+      for (const at::Tensor* tensor : {&a[further], &b[pair_of(further)]}) {
+        prefetch_tensor<kTo>(tensor->unsafeGetTensorImpl());
+      }
+      for (const at::Tensor* tensor : {&a[nearer], &b[pair_of(nearer)]}) {
+        prefetch_memory<kTo>(storage_of(*tensor->unsafeGetTensorImpl()));
       }
     }
-    checked[i] = look(s, a[i], b[i], last);
+    checked[i] = look(s, a[i], b[pair_of(i)], last);
   }
 }
 
@@ -243,10 +254,10 @@ bool operator<(const Range& x, const Range& y) {
 }
 
 // The memory of one list, in order.
-std::vector<Range> ranges_of(const CheckedPairs& checked, int side, bool written) {
+std::vector<Range> ranges_of(const CheckedPairs& checked, size_t size, int side, bool written) {
   std::vector<Range> ranges;
-  ranges.reserve(checked.size());
-  for (size_t i = 0; i < checked.size(); ++i) {
+  ranges.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
     const CheckedPair& pair = checked[i];
     // Whether tensors with gaps overlap can't be told from their ranges (as in torch).
     if (pair.data[side] == nullptr || !pair.is_dense[side]) continue;
@@ -262,14 +273,14 @@ std::vector<Range> ranges_of(const CheckedPairs& checked, int side, bool written
   return ranges;
 }
 
-void check_overlap(const Signature& s, const CheckedPairs& checked,
+void check_overlap(const Signature& s, const CheckedPairs& checked, size_t size_b,
                    const std::vector<std::string>& names, Threads threads) {
   std::vector<Range> ranges[2];
   const int64_t sides_a_chunk = checked.size() > kParallelPairs ? 1 : 2;
   parallel_chunks(threads, 2, sides_a_chunk, [&](int64_t begin, int64_t end) {
     for (int64_t side = begin; side < end; ++side) {
-      ranges[side] =
-          ranges_of(checked, static_cast<int>(side), side == 0 ? s.writes_a : s.writes_b);
+      ranges[side] = ranges_of(checked, side == 0 ? checked.size() : size_b, static_cast<int>(side),
+                               side == 0 ? s.writes_a : s.writes_b);
     }
   });
   const Range* last_read = nullptr;
@@ -283,7 +294,8 @@ void check_overlap(const Signature& s, const CheckedPairs& checked,
       const Range& one = in_order ? *other : range;
       const Range& two = in_order ? range : *other;
       const auto place = [&](const Range& r) {
-        return where(r.is_b ? s.side_b : s.side_a, r.index, names);
+        return where(r.is_b ? s.side_b : s.side_a, r.index, size_b,
+                     !r.is_b && checked.size() > size_b, names);
       };
       TORCH_CHECK_VALUE(false, "fused_ema.", s.op, ": ", place(one), " and ", place(two),
                         " share memory; pass each tensor once, or a .clone() of one of them");
@@ -370,12 +382,12 @@ std::optional<FoundPair> find_pair(const Signature& s, at::ScalarType a, at::Sca
 }
 
 CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
-                         const std::vector<std::string>& names) {
-  TORCH_CHECK_VALUE(a.size() == b.size(), "fused_ema.", s.op, ": ", s.side_a, " holds ", a.size(),
-                    " tensors but ", s.side_b, " holds ", b.size(),
+                         const std::vector<std::string>& names, int num_averages) {
+  TORCH_CHECK_VALUE(a.size() == num_averages * b.size(), "fused_ema.", s.op, ": ", s.side_a,
+                    " holds ", a.size(), " tensors but ", s.side_b, " holds ", b.size(),
                     "; pass lists of the same length");
-  TORCH_CHECK_VALUE(names.empty() || names.size() == a.size(), "fused_ema.", s.op, ": ",
-                    names.size(), " names for ", a.size(), " pairs; pass one name a pair, or none");
+  TORCH_CHECK_VALUE(names.empty() || names.size() == b.size(), "fused_ema.", s.op, ": ",
+                    names.size(), " names for ", b.size(), " pairs; pass one name a pair, or none");
   CheckedPairs checked(a.size());
   const auto size = static_cast<int64_t>(a.size());
   const bool on_cpu = !a.empty() && a[0].is_cpu();
@@ -387,11 +399,24 @@ CheckedPairs check_lists(const Signature& s, const Tensors& a, const Tensors& b,
       look_at<Cache::kSecond>(s, a, b, begin, end, checked);
     }
   });
-  for (size_t i = 0; i < a.size(); ++i) {
-    if (checked[i].is_usual) continue;
-    check_pair(s, a[i], b[i], where(s.side_a, i, names), where(s.side_b, i, names));
+  for (int k = 0; k < num_averages; ++k) {
+    const size_t first = k * b.size();
+    for (size_t i = 0; i < b.size(); ++i) {
+      const auto at_a = [&](size_t index) {
+        return where(s.side_a, index, b.size(), num_averages > 1, names);
+      };
+      if (!checked[first + i].is_usual) {
+        check_pair(s, a[first + i], b[i], at_a(first + i),
+                   where(s.side_b, i, b.size(), false, names));
+      }
+      // One launch takes them all.
+      TORCH_CHECK_TYPE(k == 0 || a[first + i].scalar_type() == a[i].scalar_type(), "fused_ema.",
+                       s.op, ": ", at_a(i), " is torch.", dtype_name(a[i].scalar_type()), " and ",
+                       at_a(first + i), " is torch.", dtype_name(a[first + i].scalar_type()),
+                       "; pass averages of one dtype for a param, or make a plan for each");
+    }
   }
-  check_overlap(s, checked, names, threads);
+  check_overlap(s, checked, b.size(), names, threads);
   return checked;
 }
 

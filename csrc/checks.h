@@ -66,9 +66,10 @@ bool is_plain(const at::Tensor& tensor);
 
 // Raises TypeError (dtypes, layouts), ValueError (lengths, shapes, devices, overlap, memory that
 // was freed) or RuntimeError (inference tensors) at the first pair that the operation can't serve.
-// names may be empty.
+// names may be empty. Of several averages their lists stand in `a` one after the other, each as
+// long as b, and so do the results.
 CheckedPairs check_lists(const Signature& signature, const Tensors& a, const Tensors& b,
-                         const std::vector<std::string>& names);
+                         const std::vector<std::string>& names, int num_averages = 1);
 
 // Raises ValueError outside of [0, 1].
 void check_momentum(const char* op, double momentum);

@@ -68,8 +68,8 @@ Temporaries::Temporaries(const Sizes& bytes) {
   }
 }
 
-Temporaries Temporaries::for_update(const Tensors& ema, const Tensors& params, double momentum,
-                                    Form form) {
+Temporaries Temporaries::for_update(const Tensors& ema, const Tensors& params,
+                                    const std::vector<double>& momenta, Form form) {
   Sizes bytes;
   for (size_t i = 0; i < ema.size(); ++i) {
     const at::ScalarType dtype = ema[i].scalar_type();
@@ -80,9 +80,11 @@ Temporaries Temporaries::for_update(const Tensors& ema, const Tensors& params, d
     }
   }
   Temporaries temporaries(bytes);
-  if (form != Form::kLerp && !ema.empty()) {
-    temporaries.decay = as_number(1.0 - momentum);
-    temporaries.momentum = as_number(momentum);
+  for (double momentum : momenta) {
+    Weights& weights = temporaries.weights.emplace_back(Weights{momentum, {}, {}});
+    if (form == Form::kLerp) continue;
+    weights.decay_tensor = as_number(1.0 - momentum);
+    weights.momentum_tensor = as_number(momentum);
   }
   return temporaries;
 }
@@ -101,9 +103,10 @@ at::Tensor Temporaries::copy_of(const at::Tensor& tensor, at::ScalarType dtype) 
   return copy.copy_(tensor);
 }
 
-void update(const Tensors& ema, const Tensors& params, double momentum,
+void update(const Tensors& ema, const Tensors& params, int average,
             const std::optional<at::Tensor>& device_momentum, Form form, Temporaries& temporaries) {
   const at::NoGradGuard no_grad;
+  const auto& [momentum, decay_tensor, momentum_tensor] = temporaries.weights[average];
   Tensors foreach_ema;
   Tensors foreach_params;
   for (size_t i = 0; i < ema.size(); ++i) {
@@ -117,10 +120,10 @@ void update(const Tensors& ema, const Tensors& params, double momentum,
     } else if (form == Form::kLerp && (e.scalar_type() != p.scalar_type() || is_lazy_view(e, p))) {
       e.lerp_(same_dtype(), momentum);
     } else if (form == Form::kTwoProducts) {
-      const at::Tensor added = temporaries.copy_of(p, p.scalar_type()).mul_(temporaries.momentum);
-      e.mul_(temporaries.decay).add_(added);
+      const at::Tensor added = temporaries.copy_of(p, p.scalar_type()).mul_(momentum_tensor);
+      e.mul_(decay_tensor).add_(added);
     } else if (form == Form::kMulAdd && (e.is_cpu() || is_lazy_view(e, p))) {
-      e.mul_(temporaries.decay).add_(same_dtype(), momentum);
+      e.mul_(decay_tensor).add_(same_dtype(), momentum);
     } else {
       foreach_ema.push_back(e);
       foreach_params.push_back(p);

@@ -12,18 +12,22 @@ namespace fused_ema::fallback {
 // is left half done. Wrappers, which have no memory of their own, get theirs when they need it.
 class Temporaries {
  public:
-  static Temporaries for_update(const Tensors& ema, const Tensors& params, double momentum,
-                                Form form);
+  static Temporaries for_update(const Tensors& ema, const Tensors& params,
+                                const std::vector<double>& momenta, Form form);
   static Temporaries for_swap(const Tensors& a);
 
   // A copy in that dtype, good until the next one is asked for.
   at::Tensor copy_of(const at::Tensor& tensor, at::ScalarType dtype);
 
-  // 1 - m and m for products. On the CPU a C++ or foreach scalar is rounded to a bf16 or fp16
-  // tensor's dtype. The number that Python's mul_ takes isn't: it is a 0-dim double that promotes
-  // nothing.
-  at::Tensor decay;
-  at::Tensor momentum;
+  // Of each average. The tensors are for products: on the CPU a C++ or foreach scalar is rounded to
+  // a bf16 or fp16 tensor's dtype. The number that Python's mul_ takes isn't: it is a 0-dim double
+  // that promotes nothing.
+  struct Weights {
+    double momentum;
+    at::Tensor decay_tensor;  // 1 - momentum
+    at::Tensor momentum_tensor;
+  };
+  std::vector<Weights> weights;
 
  private:
   using Device = std::pair<at::DeviceType, at::DeviceIndex>;
@@ -35,8 +39,8 @@ class Temporaries {
   std::map<Device, at::Tensor> rooms_;
 };
 
-// momentum by value, or from a 0-dim float64 tensor on the device where one is given.
-void update(const Tensors& ema, const Tensors& params, double momentum,
+// By the weights of that average, or a 0-dim float64 tensor on the device where one is given.
+void update(const Tensors& ema, const Tensors& params, int average,
             const std::optional<at::Tensor>& device_momentum, Form form, Temporaries& temporaries);
 void swap(const Tensors& a, const Tensors& b, Temporaries& temporaries);
 void copy(const Tensors& dst, const Tensors& src);

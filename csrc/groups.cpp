@@ -22,7 +22,7 @@ namespace fused_ema {
 namespace {
 
 // Streams through torch's device-generic interface, so that a torch built for CPU can host this.
-c10::Stream current_stream(at::Device device) {
+[[maybe_unused]] c10::Stream current_stream(at::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
@@ -70,7 +70,11 @@ void bump_written(const Group& group, const Operation& operation, int64_t begin,
   };
   const bool writes_first = operation.kind != Kind::kCopyToB;
   const bool writes_second = operation.kind == Kind::kSwap || operation.kind == Kind::kCopyToB;
-  if (writes_first) bump(group.versions_a);
+  if (operation.kind != Kind::kUpdate) {
+    if (writes_first) bump(group.versions_a[operation.average]);
+  } else {
+    for (const Versions& versions : group.versions_a) bump(versions);
+  }
   if (writes_second) bump(group.versions_b);
 }
 
@@ -89,7 +93,10 @@ cpu::Work work_of(const Group& group, const Operation& operation) {
   using Kind = Operation::Kind;
   switch (operation.kind) {
     case Kind::kUpdate: {
-      cpu::Work work{cpu::update_kernel(group.pair, operation.form), operation.momentum};
+      const bool is_one = group.num_averages() == 1;
+      cpu::Work work{cpu::update_kernel(group.pair, operation.form),
+                     is_one ? &operation.momentum : operation.momenta.data(), 0,
+                     group.num_averages()};
       if (operation.form == Form::kMulAdd) {
         work.one_at_a_time = cpu::one_at_a_time_kernel(group.pair);
         const bool nested = at::in_parallel_region();
@@ -98,12 +105,13 @@ cpu::Work work_of(const Group& group, const Operation& operation) {
       return work;
     }
     case Kind::kSwap:
-      return {cpu::swap_kernel(group.pair)};
+      return {cpu::swap_kernel(group.pair), nullptr, operation.average, operation.average + 1};
     default: {
       const bool to_a = (operation.kind == Kind::kCopyToA) != group.flipped;
       const PairDtypes dtypes = dtypes_of(group.pair);
       const int64_t bytes = group.spans.num_elements * size_of(to_a ? dtypes.a : dtypes.b);
-      return {cpu::copy_kernel(group.pair, to_a, bytes >= cpu::kStreamingBytes)};
+      return {cpu::copy_kernel(group.pair, to_a, bytes >= cpu::kStreamingBytes), nullptr,
+              operation.average, operation.average + 1};
     }
   }
 }
@@ -152,43 +160,127 @@ void keep_table_with_graph(const at::Tensor& table, cuda::Stream stream) {
               cuda::status_text(status));
 }
 
-void run_on_cuda(Group& group, const Operation& operation) {
-  using Kind = Operation::Kind;
-  const c10::DeviceGuard guard(group.device);
-  const c10::Stream stream = current_stream(group.device);
-  cuda::Work work;
-  if (group.table.defined()) {
-    work.tiles = static_cast<const Tile*>(group.table.const_data_ptr());
-    work.num_block_tiles = static_cast<uint32_t>(group.num_block_tiles);
-    work.num_warp_tiles = static_cast<uint32_t>(group.num_warp_tiles);
-    // The allocator must not hand the table to another tensor while this stream reads it.
-    if (stream != *group.table_stream) group.table.record_stream(stream);
-    if (cuda::is_capturing(stream.native_handle())) {
-      keep_table_with_graph(group.table, stream.native_handle());
+template <int S>
+cuda::WorkOf<S> work_on(const Group& group, const Group::TableAt& table) {
+  cuda::WorkOf<S> work;
+  work.tiles = reinterpret_cast<const TileOf<S>*>(
+      static_cast<const char*>(group.tables.const_data_ptr()) + table.begin);
+  work.num_block_tiles = static_cast<uint32_t>(table.num_block_tiles);
+  work.num_warp_tiles = static_cast<uint32_t>(table.num_warp_tiles);
+  return work;
+}
+template <int S>
+cuda::WorkOf<S> work_on(const std::vector<SpanOf<S>>& spans) {
+  cuda::WorkOf<S> work;
+  work.spans = spans.data();
+  work.num_spans = static_cast<int64_t>(spans.size());
+  return work;
+}
+
+// The spans of one average, or of all that one launch takes from `first` on.
+std::vector<Span> pairs_of(const Group& group, int average) {
+  std::vector<Span> spans;
+  spans.reserve(group.spans.spans.size());
+  for (size_t i = 0; i < group.spans.spans.size(); ++i)
+    spans.push_back(group.spans.pair(i, average));
+  return spans;
+}
+std::vector<SpanOf<kAveragesSides>> averages_of(const Group& group, int first, int count) {
+  std::vector<SpanOf<kAveragesSides>> spans(group.spans.spans.size());
+  for (size_t i = 0; i < spans.size(); ++i) {
+    for (int k = 0; k < kMostAverages; ++k) {
+      spans[i].sides[k] = group.spans.pair(i, k < count ? first + k : first).sides[0];
     }
+    spans[i].sides[kMostAverages] = group.spans.spans[i].sides[1];
+    spans[i].n = group.spans.spans[i].n;
+  }
+  return spans;
+}
+
+// How many of the averages from `first` on one launch takes.
+int averages_from(const Group& group, int first) {
+  return std::min(group.num_averages() - first, kMostAverages);
+}
+
+cuda::Status update_pairs(const Group& group, const Operation& operation, const cuda::Work& work,
+                          int average, cuda::Stream stream) {
+  cuda::Momentum momentum{operation.momenta.empty() ? operation.momentum
+                                                    : operation.momenta[average]};
+  if (operation.device_momentum) {
+    momentum.device = operation.device_momentum->const_data_ptr<double>() + average;
+  }
+  return cuda::launch_update(group.pair, operation.form, work, momentum, stream);
+}
+
+cuda::Status update_averages(const Group& group, const Operation& operation,
+                             const cuda::AveragesWork& work, int first, cuda::Stream stream) {
+  cuda::Momenta momenta{averages_from(group, first), nullptr};
+  if (operation.device_momentum) {
+    momenta.device = operation.device_momentum->const_data_ptr<double>() + first;
   } else {
-    work.spans = group.spans.spans.data();
-    work.num_spans = static_cast<int64_t>(group.spans.spans.size());
+    momenta.values = operation.momenta.data() + first;
+  }
+  return cuda::launch_update_averages(group.pair, operation.form, work, momenta, stream);
+}
+
+// Of one average: an update, or what moves it.
+cuda::Status launch_pairs(const Group& group, const Operation& operation, const cuda::Work& work,
+                          int average, cuda::Stream stream) {
+  using Kind = Operation::Kind;
+  switch (operation.kind) {
+    case Kind::kUpdate:
+      return update_pairs(group, operation, work, average, stream);
+    case Kind::kSwap:
+      return cuda::launch_swap(group.pair, work, stream);
+    default:
+      return cuda::launch_copy(group.pair, (operation.kind == Kind::kCopyToA) != group.flipped,
+                               work, stream);
+  }
+}
+
+cuda::Status launch_averages(const Group& group, const Operation& operation, cuda::Stream stream) {
+  const bool has_tables = group.tables.defined();
+  size_t table = 0;
+  for (int first = 0; first < group.num_averages(); first += kMostAverages) {
+    const int count = averages_from(group, first);
+    cuda::Status status;
+    if (count == 1) {  // What is left over.
+      const auto spans = has_tables ? std::vector<Span>{} : pairs_of(group, first);
+      status = update_pairs(
+          group, operation,
+          has_tables ? work_on<2>(group, group.pair_tables[first]) : work_on(spans), first, stream);
+    } else {
+      using Spans = std::vector<SpanOf<kAveragesSides>>;
+      const auto spans = has_tables ? Spans{} : averages_of(group, first, count);
+      status = update_averages(group, operation,
+                               has_tables
+                                   ? work_on<kAveragesSides>(group, group.averages_tables[table++])
+                                   : work_on(spans),
+                               first, stream);
+    }
+    if (status != 0) return status;
+  }
+  return 0;
+}
+
+void run_on_cuda(Group& group, const Operation& operation) {
+  const c10::DeviceGuard guard(group.device);
+  const c10::Stream on = current_stream(group.device);
+  const cuda::Stream stream = on.native_handle();
+  if (group.tables.defined()) {
+    // The allocator must not hand the tables to another tensor while this stream reads them.
+    if (on != *group.table_stream) group.tables.record_stream(on);
+    if (cuda::is_capturing(stream)) keep_table_with_graph(group.tables, stream);
   }
   cuda::Status status = 0;
-  switch (operation.kind) {
-    case Kind::kUpdate: {
-      cuda::Momentum momentum{operation.momentum};
-      if (operation.device_momentum) {
-        momentum.device = operation.device_momentum->const_data_ptr<double>();
-      }
-      status =
-          cuda::launch_update(group.pair, operation.form, work, momentum, stream.native_handle());
-      break;
-    }
-    case Kind::kSwap:
-      status = cuda::launch_swap(group.pair, work, stream.native_handle());
-      break;
-    case Kind::kCopyToA:
-    case Kind::kCopyToB:
-      status = cuda::launch_copy(group.pair, (operation.kind == Kind::kCopyToA) != group.flipped,
-                                 work, stream.native_handle());
-      break;
+  if (operation.kind == Operation::Kind::kUpdate && group.num_averages() > 1) {
+    status = launch_averages(group, operation, stream);
+  } else if (group.tables.defined()) {
+    const int average = operation.average;
+    status = launch_pairs(group, operation, work_on<2>(group, group.pair_tables[average]), average,
+                          stream);
+  } else {
+    status = launch_pairs(group, operation, work_on(group.spans.spans), 0, stream);
   }
   TORCH_CHECK(status == 0, "fused_ema: the launch on ", group.device,
               " failed: ", cuda::status_text(status));
@@ -223,77 +315,116 @@ bool runs_parallel() {
 }
 
 Groups make_groups(const Signature& s, const Tensors& a, const Tensors& b,
-                   const CheckedPairs& checked) {
+                   const CheckedPairs& checked, int num_averages) {
   Groups result;
-  std::vector<std::vector<Span>> spans;
+  result.num_averages = num_averages;
+  const size_t size = b.size();
+  struct Lists {
+    std::vector<Span> spans;
+    std::vector<void*> others;
+  };
+  std::vector<Lists> lists;
+  std::vector<size_t> left_to_torch;
   std::optional<at::Device> last_device;
   bool last_served = false;
-  const void* last_version[2] = {nullptr, nullptr};
-  for (size_t i = 0; i < checked.size(); ++i) {
+  std::vector<const void*> last_version(num_averages + 1, nullptr);
+  for (size_t i = 0; i < size; ++i) {
     const CheckedPair& pair = checked[i];
     if (pair.device != last_device) {
       last_device = pair.device;
       last_served = std::strcmp(service_of(pair.device).backend, "foreach") != 0;
     }
-    if (!last_served || !pair.has_plain_memory) {
-      result.fallback_a.push_back(a[i]);
-      result.fallback_b.push_back(b[i]);
+    bool is_plain = pair.has_plain_memory;
+    for (int k = 1; k < num_averages; ++k) is_plain &= checked[k * size + i].has_plain_memory;
+    if (!last_served || !is_plain) {
+      left_to_torch.push_back(i);
       continue;
     }
     Group& group = group_for(result.groups, pair);
     ++group.num_pairs;
-    if (spans.size() < result.groups.size()) {
+    if (lists.size() < result.groups.size()) {
       // Most often one group takes all.
-      spans.emplace_back().reserve(checked.size() - i);
-      if (s.writes_a) group.versions_a.reserve(checked.size() - i);
-      if (s.writes_b) group.versions_b.reserve(checked.size() - i);
+      lists.emplace_back().spans.reserve(size - i);
+      lists.back().others.reserve((size - i) * (num_averages - 1));
+      group.versions_a.resize(num_averages);
+      if (s.writes_a) {
+        for (Versions& versions : group.versions_a) versions.reserve(size - i);
+      }
+      if (s.writes_b) group.versions_b.reserve(size - i);
     }
     if (pair.numel == 0) continue;
-    const auto address = [&](int side, const at::Tensor& tensor) {
+    const auto address = [&](const CheckedPair& of, int side, const at::Tensor& tensor) {
       const bool written = side == 0 ? s.writes_a : s.writes_b;
       // The mutable pointer of a lazily copied tensor is its own memory.
-      return written && pair.is_lazy[side] ? tensor.mutable_data_ptr()
-                                           : const_cast<void*>(pair.data[side]);
+      return written && of.is_lazy[side] ? tensor.mutable_data_ptr()
+                                         : const_cast<void*>(of.data[side]);
     };
     // Views of one flat tensor, which is how emas are best kept, stand side by side.
-    const auto add_version = [&](int side, const at::Tensor& tensor, Versions& versions) {
-      const void* version = pair.versions[side];
-      if (version != nullptr && version != last_version[side]) {
-        versions.push_back(tensor.unsafeGetTensorImpl());
-      }
-      last_version[side] = version;
+    const auto add_version = [&](const void* version, const void*& last, const at::Tensor& tensor,
+                                 Versions& versions) {
+      if (version != nullptr && version != last) versions.push_back(tensor.unsafeGetTensorImpl());
+      last = version;
     };
-    Span span{address(0, a[i]), address(1, b[i]), pair.numel};
-    if (s.writes_a) add_version(0, a[i], group.versions_a);
-    if (s.writes_b) add_version(1, b[i], group.versions_b);
-    if (pair.flipped) std::swap(span.a, span.b);
-    spans[&group - result.groups.data()].push_back(span);
+    Lists& into = lists[&group - result.groups.data()];
+    Span span{{address(pair, 0, a[i]), address(pair, 1, b[i])}, pair.numel};
+    for (int k = 0; k < num_averages; ++k) {
+      const CheckedPair& of = checked[k * size + i];
+      const at::Tensor& ema = a[k * size + i];
+      if (k > 0) into.others.push_back(address(of, 0, ema));
+      if (s.writes_a) add_version(of.versions[0], last_version[k], ema, group.versions_a[k]);
+    }
+    if (s.writes_b) {
+      add_version(pair.versions[1], last_version[num_averages], b[i], group.versions_b);
+    }
+    if (pair.flipped) std::swap(span.sides[0], span.sides[1]);
+    into.spans.push_back(span);
   }
+  for (int k = 0; k < num_averages; ++k) {
+    for (size_t i : left_to_torch) result.fallback_a.push_back(a[k * size + i]);
+  }
+  for (size_t i : left_to_torch) result.fallback_b.push_back(b[i]);
   for (size_t i = 0; i < result.groups.size(); ++i) {
-    result.groups[i].spans = cpu::make_span_table(std::move(spans[i]));
+    result.groups[i].spans = cpu::make_span_table(std::move(lists[i].spans),
+                                                  std::move(lists[i].others), num_averages - 1);
   }
   return result;
 }
 
-void upload_tables(Groups& groups, bool wait) {
+void upload_tables([[maybe_unused]] Groups& groups, [[maybe_unused]] bool wait) {
 #ifdef FUSED_EMA_WITH_CUDA
   FormerTables::all().free();
-#endif
   for (Group& group : groups.groups) {
     if (!group.device.is_cuda()) continue;
-    const TileTable table = make_tile_table(tile_shape(group.pair), group.spans.spans);
-    const int64_t bytes = static_cast<int64_t>(table.tiles.size() * sizeof(Tile));
+    std::vector<char> bytes;
+    const auto add = [&](const auto& table) {
+      const Group::TableAt at{static_cast<int64_t>(bytes.size()), table.num_block_tiles,
+                              table.num_warp_tiles()};
+      const char* tiles = reinterpret_cast<const char*>(table.tiles.data());
+      bytes.insert(bytes.end(), tiles, tiles + table.tiles.size() * sizeof(table.tiles[0]));
+      return at;
+    };
+    const int num_averages = group.num_averages();
+    for (int k = 0; k < num_averages; ++k) {
+      group.pair_tables.push_back(add(make_tile_table(
+          tile_shape(group.pair), num_averages == 1 ? group.spans.spans : pairs_of(group, k))));
+    }
+    for (int first = 0; first < num_averages; first += kMostAverages) {
+      if (const int count = averages_from(group, first); count > 1) {
+        group.averages_tables.push_back(
+            add(make_tile_table(averages_shape(group.pair), averages_of(group, first, count))));
+      }
+    }
+    const int64_t size = static_cast<int64_t>(bytes.size());
     const c10::DeviceGuard guard(group.device);
     // Pinned, so that the copy need not wait; torch's host allocator keeps it until it has run.
     const at::Tensor staged =
-        at::empty({bytes}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
-    std::memcpy(staged.mutable_data_ptr(), table.tiles.data(), bytes);
-    group.table = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(group.device));
-    group.table.copy_(staged, /*non_blocking=*/!wait);
+        at::empty({size}, at::TensorOptions().dtype(at::kByte).pinned_memory(true));
+    std::memcpy(staged.mutable_data_ptr(), bytes.data(), bytes.size());
+    group.tables = at::empty({size}, at::TensorOptions().dtype(at::kByte).device(group.device));
+    group.tables.copy_(staged, /*non_blocking=*/!wait);
     group.table_stream = current_stream(group.device);
-    group.num_block_tiles = table.num_block_tiles;
-    group.num_warp_tiles = table.num_warp_tiles();
   }
+#endif
 }
 
 void check_device_momentum(const char* op, const Groups& groups, const Operation& operation) {
@@ -313,10 +444,20 @@ void run(Groups& groups, const Operation& operation) {
   const Tensors& a = groups.fallback_a.get();
   const Tensors& b = groups.fallback_b.get();
   std::optional<fallback::Temporaries> temporaries;
-  if (operation.kind == Kind::kUpdate) {
-    temporaries = fallback::Temporaries::for_update(a, b, operation.momentum, operation.form);
+  std::vector<Tensors> parts;
+  for (int k = 0; groups.num_averages > 1 && k < groups.num_averages; ++k) {
+    const auto size = static_cast<int64_t>(b.size());
+    parts.emplace_back(a.begin() + k * size, a.begin() + (k + 1) * size);
   }
-  if (operation.kind == Kind::kSwap) temporaries = fallback::Temporaries::for_swap(a);
+  const auto emas_of = [&](int k) -> const Tensors& { return parts.empty() ? a : parts[k]; };
+  if (!b.empty() && operation.kind == Kind::kUpdate) {
+    const std::vector<double> one{operation.momentum};
+    const auto& momenta = operation.momenta.empty() ? one : operation.momenta;
+    temporaries = fallback::Temporaries::for_update(emas_of(0), b, momenta, operation.form);
+  }
+  if (!b.empty() && operation.kind == Kind::kSwap) {
+    temporaries = fallback::Temporaries::for_swap(emas_of(operation.average));
+  }
   for (Group& group : groups.groups) {
     if (group.spans.spans.empty()) continue;
 #ifdef FUSED_EMA_WITH_CUDA
@@ -328,17 +469,23 @@ void run(Groups& groups, const Operation& operation) {
 #endif
     run_on_cpu(group, operation);
   }
-  if (a.empty()) return;
+  if (b.empty()) return;
   switch (operation.kind) {
     case Kind::kUpdate:
-      return fallback::update(a, b, operation.momentum, operation.device_momentum, operation.form,
-                              *temporaries);
+      for (int k = 0; k < groups.num_averages; ++k) {
+        std::optional<at::Tensor> device_momentum = operation.device_momentum;
+        if (device_momentum && device_momentum->dim() > 0) {
+          device_momentum = device_momentum->select(0, k);
+        }
+        fallback::update(emas_of(k), b, k, device_momentum, operation.form, *temporaries);
+      }
+      return;
     case Kind::kSwap:
-      return fallback::swap(a, b, *temporaries);
+      return fallback::swap(emas_of(operation.average), b, *temporaries);
     case Kind::kCopyToA:
-      return fallback::copy(a, b);
+      return fallback::copy(emas_of(operation.average), b);
     case Kind::kCopyToB:
-      return fallback::copy(b, a);
+      return fallback::copy(b, emas_of(operation.average));
   }
 }
 

@@ -50,13 +50,13 @@ std::vector<Plan::GroupFacts> facts_of(const Groups& groups) {
   for (const Group& group : groups.groups) {
     facts.push_back({service_of(group.device).backend, group.device.str(),
                      dtype_name(dtypes_of(group.pair).a), dtype_name(dtypes_of(group.pair).b),
-                     group.num_pairs, group.spans.num_elements});
+                     group.num_pairs, group.spans.num_elements, groups.num_averages});
   }
   // One entry per device and dtype pair of what torch serves, in order of first appearance.
   const size_t first_fallback = facts.size();
   const Tensors& fallback_a = groups.fallback_a.get();
   const Tensors& fallback_b = groups.fallback_b.get();
-  for (size_t i = 0; i < fallback_a.size(); ++i) {
+  for (size_t i = 0; i < fallback_b.size(); ++i) {
     const at::Tensor& ema = fallback_a[i];
     const at::Tensor& param = fallback_b[i];
     const GroupFacts fact{"foreach",
@@ -64,7 +64,8 @@ std::vector<Plan::GroupFacts> facts_of(const Groups& groups) {
                           dtype_name(ema.scalar_type()),
                           dtype_name(param.scalar_type()),
                           1,
-                          ema.numel()};
+                          ema.numel(),
+                          groups.num_averages};
     const auto same =
         std::find_if(facts.begin() + first_fallback, facts.end(), [&](const GroupFacts& other) {
           return other.device == fact.device && other.ema_dtype == fact.ema_dtype &&
@@ -104,7 +105,8 @@ void Plan::refresh() {
   lists_->reread();
   const Tensors& ema = lists_->first();
   const Tensors& params = lists_->second();
-  const CheckedPairs checked = check_lists(signature_, ema, params, names_);
+  const int num_averages = lists_->num_averages();
+  const CheckedPairs checked = check_lists(signature_, ema, params, names_, num_averages);
   for (const Tensors* tensors : {&ema, &params}) {
     for (const at::Tensor& tensor : *tensors) {
       // An upload recorded in a graph would read this host memory again at every replay.
@@ -115,35 +117,41 @@ void Plan::refresh() {
     }
   }
   auto state = std::make_unique<State>();
-  state->groups = make_groups(signature_, ema, params, checked);
+  state->groups = make_groups(signature_, ema, params, checked, num_averages);
   // A new plan waits for its upload. One that is made anew inside a call must not, and need not:
   // a stream that isn't ordered after this one would already race on the emas.
   const bool is_new = num_refreshes_ < 0;
   upload_tables(state->groups, /*wait=*/is_new);
   state->facts = facts_of(state->groups);
-  for (size_t i = 0; i < ema.size(); ++i) {
-    if (only_borrows_ || !checked[i].has_memory) {
+  const auto note = [&](const at::Tensor& tensor, bool has_memory) {
+    if (!has_memory) {
+      state->wrappers.push_back(tensor);
+      state->wrapper_sizes.push_back(tensor.sizes().vec());
+      state->wrapper_dtypes.push_back(tensor.scalar_type());
+      return;
+    }
+    std::vector<int64_t>& geometry = state->geometry;
+    state->seen.push_back(Seen{tensor.unsafeGetTensorImpl(), tensor.const_data_ptr(),
+                               tensor.numel(), tensor.dtype(),
+                               static_cast<uint8_t>(tensor.itemsize()), tensor.is_contiguous(),
+                               static_cast<uint32_t>(geometry.size())});
+    if (tensor.is_contiguous()) return;
+    geometry.push_back(tensor.dim());
+    geometry.insert(geometry.end(), tensor.sizes().begin(), tensor.sizes().end());
+    geometry.insert(geometry.end(), tensor.strides().begin(), tensor.strides().end());
+  };
+  const size_t size = params.size();
+  for (size_t i = 0; i < size; ++i) {
+    bool has_memory = true;
+    for (int k = 0; k < num_averages; ++k) has_memory &= checked[k * size + i].has_memory;
+    if (only_borrows_ || !has_memory) {
       state->borrowed.push_back(i);
     } else {
-      state->held.insert(state->held.end(), {ema[i], params[i]});
+      for (int k = 0; k < num_averages; ++k) state->held.push_back(ema[k * size + i]);
+      state->held.push_back(params[i]);
     }
-    for (const at::Tensor* tensor : {&ema[i], &params[i]}) {
-      if (!checked[i].has_memory) {
-        state->wrappers.push_back(*tensor);
-        state->wrapper_sizes.push_back(tensor->sizes().vec());
-        state->wrapper_dtypes.push_back(tensor->scalar_type());
-        continue;
-      }
-      std::vector<int64_t>& geometry = state->geometry;
-      state->seen.push_back(Seen{tensor->unsafeGetTensorImpl(), tensor->const_data_ptr(),
-                                 tensor->numel(), tensor->dtype(),
-                                 static_cast<uint8_t>(tensor->itemsize()), tensor->is_contiguous(),
-                                 static_cast<uint32_t>(geometry.size())});
-      if (tensor->is_contiguous()) continue;
-      geometry.push_back(tensor->dim());
-      geometry.insert(geometry.end(), tensor->sizes().begin(), tensor->sizes().end());
-      geometry.insert(geometry.end(), tensor->strides().begin(), tensor->strides().end());
-    }
+    for (int k = 0; k < num_averages; ++k) note(ema[k * size + i], has_memory);
+    note(params[i], has_memory);
   }
   state_ = std::move(state);
   ++num_refreshes_;
@@ -214,8 +222,19 @@ void Plan::update(const Operation& operation) {
   TORCH_CHECK(!signature_.moves_bits, "fused_ema.Plan: this one only moves values");
   run_checked(operation);
 }
-void Plan::swap() { run_checked(Operation{Operation::Kind::kSwap}); }
-void Plan::copy_to_ema() { run_checked(Operation{Operation::Kind::kCopyToA}); }
-void Plan::copy_to_params() { run_checked(Operation{Operation::Kind::kCopyToB}); }
+
+namespace {
+Operation of_average(Operation::Kind kind, int average) {
+  Operation operation{kind};
+  operation.average = average;
+  return operation;
+}
+}  // namespace
+
+void Plan::swap(int average) { run_checked(of_average(Operation::Kind::kSwap, average)); }
+void Plan::copy_to_ema(int average) { run_checked(of_average(Operation::Kind::kCopyToA, average)); }
+void Plan::copy_to_params(int average) {
+  run_checked(of_average(Operation::Kind::kCopyToB, average));
+}
 
 }  // namespace fused_ema

@@ -23,9 +23,10 @@ class Plan {
   // Any of these first compares every tensor with what the plan was made for, and makes the plan
   // anew where one has moved: never a write through an old pointer.
   void update(const Operation& operation);
-  void swap();
-  void copy_to_ema();
-  void copy_to_params();
+  void swap(int average = 0);
+  void copy_to_ema(int average = 0);
+  void copy_to_params(int average = 0);
+  int num_averages() const { return lists_->num_averages(); }
   // Raises what any of these would raise now.
   void check();
 
@@ -36,6 +37,7 @@ class Plan {
     std::string param_dtype;
     int64_t num_tensors;
     int64_t num_elements;
+    int num_averages;
   };
   // Of the tensors that the plan was made, or made anew, for.
   std::vector<GroupFacts> describe() const {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,14 +31,45 @@ _PAIRS = {"update_": DTYPE_PAIRS, "Plan": DTYPE_PAIRS}
 _SIDES = {"swap_": ("a", "b"), "copy_": ("dst", "src")}
 
 
+def are_lists(ema: object) -> bool:
+    """Whether these are the lists of several averages."""
+    return isinstance(ema, (list, tuple)) and len(ema) > 0 and isinstance(ema[0], (list, tuple))
+
+
+def check_several(
+    op: str,
+    emas: Sequence[Sequence[Tensor]],
+    params: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+) -> None:
+    """The same as check_lists of several averages of the same params."""
+    sides = [f"ema[{k}]" for k in range(len(emas))]
+    for side, ema in zip(sides, emas, strict=True):
+        check_lists(op, ema, params, names, side)
+        for index, (first, own) in enumerate(zip(emas[0], ema, strict=True)):
+            if first.dtype != own.dtype:
+                named = f" ('{names[index]}')" if names is not None else ""
+                raise TypeError(
+                    f"fused_ema.{op}: ema[0][{index}]{named} is {first.dtype} and "
+                    f"{side}[{index}]{named} is {own.dtype}; pass averages of one dtype for a "
+                    "param, or make a plan for each"
+                )
+    writes = (True,) * len(emas) + (op == "Plan",)
+    _check_overlap(f"fused_ema.{op}", (*sides, "params"), (*emas, params), names, writes)
+
+
 def check_lists(
     op: str,
     first: Sequence[Tensor],
     second: Sequence[Tensor],
     names: Sequence[str] | None = None,
+    ema: str = "ema",
 ) -> None:
-    """Raises the error of the first pair that ``op`` can't serve; writes nothing."""
-    sides = _SIDES.get(op, ("ema", "params"))
+    """Raises the error of the first pair that ``op`` can't serve; writes nothing.
+
+    ``ema`` is what errors call the first list of an update or a plan.
+    """
+    sides = _SIDES.get(op, (ema, "params"))
     title = f"fused_ema.{op}"
     for side, tensors in zip(sides, (first, second), strict=True):
         if not isinstance(tensors, (list, tuple)):
@@ -145,10 +177,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def _check_overlap(
     title: str,
-    sides: tuple[str, str],
-    lists: tuple[Sequence[Tensor], Sequence[Tensor]],
+    sides: Sequence[str],
+    lists: Sequence[Sequence[Tensor]],
     names: Sequence[str] | None,
-    writes: tuple[bool, bool],
+    writes: Sequence[bool],
 ) -> None:
     ranges = []
     for side, (tensors, written) in enumerate(zip(lists, writes, strict=True)):
@@ -218,6 +250,31 @@ def check_momentum(op: str, momentum: float | Tensor) -> float | Tensor:
             "be in [0, 1]"
         )
     return momentum
+
+
+def check_momenta(
+    op: str, momenta: Sequence[float] | Tensor, num_averages: int
+) -> list[float | Tensor]:
+    """A momentum for each of several averages, as check_momentum() returns it."""
+    if isinstance(momenta, Tensor):
+        if momenta.shape != (num_averages,) or momenta.dtype != torch.float64:
+            raise TypeError(
+                f"fused_ema.{op}: the momenta are a {momenta.dtype} tensor of shape "
+                f"{list(momenta.shape)} for {num_averages} averages; pass as many floats, or a "
+                "1-dim torch.float64 tensor of as many elements"
+            )
+        return [check_momentum(op, momentum) for momentum in momenta.unbind()]
+    if not isinstance(momenta, (list, tuple)):
+        raise TypeError(
+            f"fused_ema.{op}: momentum is a {type(momenta).__name__} for {num_averages} averages; "
+            "pass a list of as many floats, or a 1-dim torch.float64 tensor"
+        )
+    if len(momenta) != num_averages:
+        raise ValueError(
+            f"fused_ema.{op}: {len(momenta)} momenta for {num_averages} averages; pass one for "
+            "each of them"
+        )
+    return [check_momentum(op, momentum) for momentum in momenta]
 
 
 def check_form(op: str, form: str) -> None:
@@ -352,13 +409,26 @@ class Plan:
     """The surface of the compiled Plan (csrc/plan.h), on torch's functions."""
 
     def __init__(
-        self, ema: Sequence[Tensor], params: Sequence[Tensor], names: Sequence[str] | None
+        self,
+        ema: Sequence[Any],
+        params: Sequence[Tensor],
+        names: Sequence[str] | None,
+        is_several: bool = False,
     ):
-        check_lists("Plan", ema, params, names)
-        self._ema, self._params, self._names = list(ema), list(params), names
+        self._emas: list[Sequence[Tensor]] = [*ema] if is_several else [ema]
+        self._params, self._names, self._is_several = params, names, is_several
+        self._check_lists()
+        self._emas = [list(its) for its in self._emas]
+        self._params = list(params)
         self._seen = self._geometry()
         self.num_runs = 0
         self.num_refreshes = 0
+
+    def _check_lists(self) -> None:
+        if self._is_several:
+            check_several("Plan", self._emas, self._params, self._names)
+        else:
+            check_lists("Plan", self._emas[0], self._params, self._names)
 
     def _geometry(self) -> list[tuple[object, ...]]:
         return [
@@ -366,7 +436,8 @@ class Plan:
                 *(t.shape, t.stride(), t.dtype, t.device, t.data_ptr()),
                 t.untyped_storage().nbytes() if has_plain_memory(t) else 0,
             )
-            for t in (*self._ema, *self._params)
+            for tensors in (*self._emas, self._params)
+            for t in tensors
         ]
 
     def check(self) -> None:
@@ -374,23 +445,33 @@ class Plan:
         # share, in silence.
         geometry = self._geometry()
         if geometry != self._seen:
-            check_lists("Plan", self._ema, self._params, self._names)
+            self._check_lists()
             self._seen = geometry
             self.num_refreshes += 1
 
     def update(self, momentum: float | Tensor, form: str) -> None:
         momentum = check_momentum("Plan.update", momentum)
         check_form("Plan.update", form)
-        self._run(lambda: update(self._ema, self._params, momentum, form))
+        self._run(lambda: update(self._emas[0], self._params, momentum, form))
 
-    def swap(self) -> None:
-        self._run(lambda: swap(self._ema, self._params))
+    def update_averages(self, momenta: Sequence[float] | Tensor, form: str) -> None:
+        checked = check_momenta("Plan.update", momenta, len(self._emas))
+        check_form("Plan.update", form)
 
-    def copy_to_ema(self) -> None:
-        self._run(lambda: copy(self._ema, self._params))
+        def work() -> None:
+            for ema, momentum in zip(self._emas, checked, strict=True):
+                update(ema, self._params, momentum, form)
 
-    def copy_to_params(self) -> None:
-        self._run(lambda: copy(self._params, self._ema))
+        self._run(work)
+
+    def swap(self, average: int = 0) -> None:
+        self._run(lambda: swap(self._emas[average], self._params))
+
+    def copy_to_ema(self, average: int = 0) -> None:
+        self._run(lambda: copy(self._emas[average], self._params))
+
+    def copy_to_params(self, average: int = 0) -> None:
+        self._run(lambda: copy(self._params, self._emas[average]))
 
     def _run(self, work: Callable[[], None]) -> None:
         self.check()
@@ -407,6 +488,7 @@ class Plan:
                 "param_dtype": dtype_name(parts[0].dtype),
                 "num_tensors": len(emas),
                 "num_elements": sum(e.numel() for e in emas),
+                "num_averages": len(self._emas),
             }
-            for emas, parts in _by_device_and_dtype(self._ema, self._params)
+            for emas, parts in _by_device_and_dtype(self._emas[0], self._params)
         ]

@@ -73,7 +73,7 @@ class Observer:
         """Averages all slots, and measures where it is time to. Raises before it writes."""
         self._num_updates += 1
         is_measured = self.every > 0 and self._num_updates % self.every == 0
-        tracked.check_plans()
+        tracked.plan._check()
         slots = tracked.averaged
         if not is_measured:
             slots = _with_nonfinite(slots) if self._skips else []

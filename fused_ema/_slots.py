@@ -208,39 +208,21 @@ class Tracked:
 
     @cached_property
     def plan(self) -> Plan:
-        """Of the averaged slots that aren't loose; of several averages the first's.
+        """Of the averaged slots that aren't loose, with all of their averages.
 
         Raises what making a plan raises.
         """
-        return self._plan_of(0)
-
-    @cached_property
-    def other_plans(self) -> list[Plan]:
-        """Those of the other averages."""
-        return [self._plan_of(k) for k in range(1, self.num_averages)]
-
-    @property
-    def plans(self) -> list[Plan]:
-        """One for each average."""
-        return [self.plan, *self.other_plans]
-
-    def _plan_of(self, average: int) -> Plan:
         planned = [slot for slot in self.averaged if slot.in_plan]
+        emas = [[slot.emas[k] for slot in planned] for k in range(self.num_averages)]
         return Plan(
-            [slot.emas[average] for slot in planned],
+            emas if self.num_averages > 1 else emas[0],
             [slot.source for slot in planned],
             [slot.name for slot in planned],
         )
 
-    def check_plans(self) -> None:
-        """Raises what a call of any of them would raise now."""
-        for plan in self.plans:
-            plan._check()
-
-    def drop_plans(self) -> None:
-        """They are made anew where they are wanted."""
+    def drop_plan(self) -> None:
+        """It is made anew where it is wanted."""
         self.__dict__.pop("plan", None)
-        self.__dict__.pop("other_plans", None)
 
     @cached_property
     def _copies(self) -> Any:
@@ -278,7 +260,7 @@ class Tracked:
             self.check_geometry("update", loose)
             early = [slot for slot in loose if not slot.exchanges()]
         if early:
-            self.check_plans()
+            self.plan._check()
             _storage.copy([slot.ema for slot in early], [slot.param for slot in early])
         if average is None:
             self._average(momenta, form)
@@ -310,12 +292,12 @@ class Tracked:
         if not self.loose and self.num_averages == 1:
             self.plan._update(momenta[0], form)
             return
-        self.check_plans()
-        sources = [slot.source for slot in self.loose]
-        for k, (plan, momentum) in enumerate(zip(self.plans, momenta, strict=True)):
-            if sources:
+        if self.loose:
+            self.plan._check()
+            sources = [slot.source for slot in self.loose]
+            for k, momentum in enumerate(momenta):
                 ops._update([slot.emas[k] for slot in self.loose], sources, momentum, form)
-            plan._update(momentum, form)
+        self.plan._update(momenta[0] if self.num_averages == 1 else momenta, form)
 
     def _replace(self) -> None:
         """Copies the averaged ones: a teacher that has got infinite goes on, too."""
@@ -328,14 +310,12 @@ class Tracked:
         """Copies all: before the first average."""
         if self.followed or self.loose:
             self.check_geometry("update", self.followed)
-            self.check_plans()
+            self.plan._check()
             pairs = [(slot.ema, slot.param) for slot in self.followed]
             pairs += [(ema, slot.source) for slot in self.loose for ema in slot.emas]
             _storage.copy([ema for ema, _ in pairs], [values for _, values in pairs])
-        if self.other_plans:
-            self.check_plans()
-        for plan in self.plans:
-            plan.copy_to_ema()
+        for k in range(self.num_averages):
+            self.plan.copy_to_ema(k)
 
     @cached_property
     def _places(self) -> dict[str, tuple[int, Slot]]:
@@ -366,7 +346,7 @@ class Tracked:
                 is_averaged = slot.kind == "average"
                 (self.loose if is_averaged else self.loose_copied).append(slot)
                 if is_averaged:
-                    self.drop_plans()
+                    self.drop_plan()
                 else:
                     self.__dict__.pop("_copies", None)
         return True
@@ -400,7 +380,7 @@ class Tracked:
             _storage.copy(emas, [slot.emas[k] for slot in slots])
         for slot, *emas in zip(slots, *made, strict=True):
             slot.emas = emas
-        self.drop_plans()
+        self.drop_plan()
 
     def rebound(
         self, tree: Tree, now: Mapping[str, Member], teacher: Teacher | None = None
@@ -452,7 +432,7 @@ class Tracked:
         slots = [replace(slot, given=source) for slot, source in pairs]
         tracked = Tracked(self.tree, self.members, slots, self.feed, self.teacher)
         tracked.lay_anew()
-        tracked.plans  # noqa: B018  What they refuse isn't taken.
+        tracked.plan  # noqa: B018  What they refuse isn't taken.
         if found is not None:
             self.feed.take(found)
         self.feed.prepare()
@@ -715,7 +695,7 @@ class Policy:
         ]
         tracked = Tracked(tree, members, slots, feed, teacher)
         # Now, so that what can't be averaged is an error at once, and nothing is made at an exit.
-        tracked.plans  # noqa: B018
+        tracked.plan  # noqa: B018
         tracked._copies  # noqa: B018
         if feed is not None:
             feed.take(found)

@@ -86,6 +86,7 @@ class Exchange:
         plan: One whose pairs are exchanged as well.
         marks: Those of make_marks(). An interrupt is raised right after a call: that these are
             exchanged, too, tells that the call ran.
+        average: Which of the plan's averages.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class Exchange:
         b: Sequence[Tensor],
         plan: Plan | None,
         marks: tuple[Tensor, Tensor],
+        average: int = 0,
     ) -> None:
         self._a, self._b = [], []
         # Bool and the 8-bit dtypes have no kernel: masks and the like, seldom. With a copy of one.
@@ -112,7 +114,7 @@ class Exchange:
         if self._a:
             self._a.append(self._mark)
             self._b.append(other)
-        self._plan = plan
+        self._plan, self._average = plan, average
         self._num_runs = 0 if plan is None else plan._num_runs
 
     @torch.no_grad()
@@ -123,14 +125,14 @@ class Exchange:
             x.copy_(y)
             y.copy_(kept)
         if self._plan is not None:
-            self._plan.swap()
+            self._plan.swap(self._average)
 
     # The caller's to call: an interrupt may come after run() has returned, too.
     @torch.no_grad()
     def undo(self) -> None:
         """Undoes what an exchange that was interrupted has done."""
         if self._plan is not None and self._plan._num_runs > self._num_runs:
-            self._plan.swap()
+            self._plan.swap(self._average)
         for x, y, kept in self._narrow:
             if torch.equal(y, kept):
                 y.copy_(x)

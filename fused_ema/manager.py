@@ -778,8 +778,9 @@ class EMAManager:
         exchange = _storage.Exchange(
             [slot.emas[self._held] for slot in rest],
             [slot.param for slot in rest],
-            tracked.plans[self._held] if by_plan else None,
+            tracked.plan if by_plan else None,
             self._marks,
+            average=self._held,
         )
         written = [write.tensor for write in writes]
         try:

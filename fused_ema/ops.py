@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,9 @@ Form = Literal["lerp", "mul_add", "two_products"]
 
 
 def update_(
-    ema: Sequence[Tensor],
+    ema: Sequence[Tensor] | Sequence[Sequence[Tensor]],
     params: Sequence[Tensor],
-    momentum: float | Tensor,
+    momentum: float | Tensor | Sequence[float],
     form: Form = "lerp",
 ) -> None:
     """Moves every ema towards its param: ``ema = (1 - momentum) * ema + momentum * param``.
@@ -30,8 +30,10 @@ def update_(
         params: The new values: same length, and pair by pair the same shape and device. The dtype
             pairs (ema, param) are float32 with float32, bfloat16 or float16, and float64, bfloat16
             and float16 each with itself.
-        momentum: The weight of the new value, in [0, 1]. A 0-dim float64 tensor on the lists'
-            device is read by the kernel when it runs, so a captured CUDA graph replays with the
+            ``ema`` may be several such lists, for several averages of the same params.
+        momentum: The weight of the new value, in [0, 1]; of several averages a list of them. A
+            0-dim float64 tensor on the lists' device, of several averages a 1-dim one of as many
+            elements, is read by the kernel when it runs, so a captured CUDA graph replays with the
             value that the tensor then holds; its range is not checked.
         form: ``"lerp"`` computes ``ema + m * (param - ema)`` (for m of 0.5 and more ``param -
             (1 - m) * (param - ema)``), bit for bit what ``ema.lerp_(param, m)`` gives.
@@ -67,11 +69,11 @@ def update_(
 _warned: list[bool] = []
 
 
-def _update(
-    ema: Sequence[Tensor], params: Sequence[Tensor], momentum: float | Tensor, form: Form = "lerp"
-) -> None:
+def _update(ema: Any, params: Sequence[Tensor], momentum: Any, form: Form = "lerp") -> None:
     """The same without a warning: of a schedule's momentum."""
-    if torch.compiler.is_compiling():
+    if _foreach.are_lists(ema):
+        _update_several(ema, params, momentum, form)
+    elif torch.compiler.is_compiling():
         if isinstance(momentum, Tensor):
             torch.ops.fused_ema.update_.tensor(ema, params, momentum, form)
         else:
@@ -85,6 +87,39 @@ def _update(
         _foreach.check_form("update_", form)
         _foreach.check_lists("update_", ema, params)
         _foreach.update(ema, params, momentum, form)
+
+
+def _update_several(
+    emas: Sequence[Sequence[Tensor]],
+    params: Sequence[Tensor],
+    momenta: Sequence[float] | Tensor,
+    form: Form,
+) -> None:
+    if torch.compiler.is_compiling():
+        flat = [tensor for ema in emas for tensor in ema]
+        if isinstance(momenta, Tensor):
+            torch.ops.fused_ema.update_averages_.tensor(flat, params, momenta, form)
+        else:
+            torch.ops.fused_ema.update_averages_.default(flat, params, momenta, form)
+    elif _native.C is not None:
+        if not isinstance(form, str):
+            _foreach.check_form("update_", form)
+        _native.C.update_averages_(emas, params, momenta, form)
+    else:
+        checked = _foreach.check_momenta("update_", momenta, len(emas))
+        _foreach.check_form("update_", form)
+        _foreach.check_several("update_", emas, params)
+        for ema, momentum in zip(emas, checked, strict=True):
+            _foreach.update(ema, params, momentum, form)
+
+
+def _update_flat(
+    ema: Sequence[Tensor], params: Sequence[Tensor], momenta: Any, form: Form = "lerp"
+) -> None:
+    # As the dispatcher has several averages: one list after the other.
+    size = len(params)
+    emas = [ema[k * size : (k + 1) * size] for k in range(len(momenta))]
+    _update_several(emas, params, momenta, form)
 
 
 def swap_(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
@@ -145,11 +180,16 @@ def _define_without_native() -> torch.library.Library:
     update = "(Tensor(a!)[] ema, Tensor[] params, {} momentum, str form='lerp') -> ()"
     library.define("update_" + update.format("float"))
     library.define("update_.tensor" + update.format("Tensor"))
+    several = "(Tensor(a!)[] ema, Tensor[] params, {} momenta, str form='lerp') -> ()"
+    library.define("update_averages_" + several.format("float[]"))
+    library.define("update_averages_.tensor" + several.format("Tensor"))
     library.define("swap_(Tensor(a!)[] a, Tensor(b!)[] b) -> ()")
     library.define("copy_(Tensor(a!)[] dst, Tensor[] src) -> ()")
     for name, function in (
         ("update_", _update),
         ("update_.tensor", _update),
+        ("update_averages_", _update_flat),
+        ("update_averages_.tensor", _update_flat),
         ("swap_", swap_),
         ("copy_", copy_),
     ):
@@ -164,5 +204,8 @@ def _fake(*args: object, **kwargs: object) -> None:
     """The operations return nothing and make no tensor: on fake tensors there is nothing to do."""
 
 
-for _name in ("update_", "update_.tensor", "swap_", "copy_"):
+for _name in (
+    *("update_", "update_.tensor", "update_averages_", "update_averages_.tensor"),
+    *("swap_", "copy_"),
+):
     torch.library.register_fake(f"fused_ema::{_name}", _fake)

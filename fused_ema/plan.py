@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -31,7 +31,10 @@ class Plan:
 
     Args:
         ema: The averages. A list or tuple of tensors; any dense layout. A pair whose strides differ
-            or which has gaps is served by torch's own functions, for that pair alone.
+            or which has gaps is served by torch's own functions, for that pair alone. Or several
+            such lists, for several averages of the same params: an update then reads the params
+            once for each four averages, and each gets the bits of a plan of its own. All averages
+            of a param have one dtype.
         params: The tensors they follow: same length, pair by pair the same shape and device, and a
             dtype pair of :func:`fused_ema.update_`.
         names: A name for each pair, for error messages.
@@ -45,11 +48,17 @@ class Plan:
         >>> params = list(model.parameters())
         >>> plan = fused_ema.Plan([p.detach().clone() for p in params], params)
         >>> plan.update(momentum=0.001)  # after each optimizer.step()
+
+        Several averages of the same params:
+
+        >>> fast, slow = ([p.detach().clone() for p in params] for _ in range(2))
+        >>> plan = fused_ema.Plan([fast, slow], params)
+        >>> plan.update([0.01, 0.001])
     """
 
     def __init__(
         self,
-        ema: Sequence[Tensor],
+        ema: Sequence[Tensor] | Sequence[Sequence[Tensor]],
         params: Sequence[Tensor],
         names: Sequence[str] | None = None,
     ) -> None:
@@ -61,28 +70,35 @@ class Plan:
                     f"fused_ema.Plan: names[{index}] is a {type(name).__name__}; pass strings"
                 )
         self._names = names
-        self._lists = (ema, params)
+        self._is_several = is_several = _foreach.are_lists(ema)
+        self._num_averages = len(ema) if is_several else 1
+        self._lists = cast(
+            "Sequence[Sequence[Tensor]]", (*ema, params) if is_several else (ema, params)
+        )
         # Which may be empty at any call.
         self._zero3 = _shards.zero3_of(self._lists)
         self._refuse_partitioned("")
         if _native.C is not None:
-            self._plan = _native.C.Plan(ema, params, names or [])
+            self._plan = _native.C.Plan(ema, params, names or [], False, is_several)
         else:
-            self._plan = _foreach.Plan(ema, params, names)
-        self._num_tensors = len(ema)
+            self._plan = _foreach.Plan(ema, params, names, is_several)
+        self._num_tensors = len(params)
         self._has_warned = False
 
-    def update(self, momentum: float | Tensor, form: Form = "lerp") -> None:
+    def update(self, momentum: float | Tensor | Sequence[float], form: Form = "lerp") -> None:
         """Moves every ema towards its param, as :func:`fused_ema.update_` does.
 
         Args:
             momentum: The weight of the new value, in [0, 1]; or a 0-dim float64 tensor on the
-                lists' device, which is read when the kernel runs.
+                lists' device, which is read when the kernel runs. Of several averages a list of
+                such weights, one for each, or a 1-dim tensor of as many elements.
             form: ``"lerp"``, ``"mul_add"`` or ``"two_products"``.
 
         Raises:
-            TypeError: The momentum is neither a number nor such a tensor.
-            ValueError: A momentum outside of [0, 1], an unknown form, or what making the plan
+            TypeError: The momentum is neither a number nor such a tensor, nor a list where there
+                are several averages.
+            ValueError: A momentum outside of [0, 1], another number of them than of averages, an
+                unknown form, or what making the plan
                 raises where a tensor has moved.
 
         Warns:
@@ -93,25 +109,40 @@ class Plan:
             _checks.warn_of_decay("Plan.update", momentum, stacklevel=2)
         self._update(momentum, form)
 
-    def _update(self, momentum: float | Tensor, form: Form) -> None:
+    def _update(self, momentum: float | Tensor | Sequence[float], form: Form) -> None:
         """The same without a warning: of a schedule's momentum."""
         if not isinstance(form, str):
             _foreach.check_form("Plan.update", form)
-        self._run("update", momentum, form)
+        self._run("update_averages" if self._is_several else "update", momentum, form)
 
-    def swap(self) -> None:
-        """Exchanges every ema with its param, as :func:`fused_ema.swap_` does."""
-        self._run("swap")
+    def swap(self, index: int = 0) -> None:
+        """Exchanges every ema with its param, as :func:`fused_ema.swap_` does.
+
+        Args:
+            index: Of which average, where there are several.
+
+        Raises:
+            IndexError: There is no such average.
+        """
+        self._run("swap", self._checked(index, "swap"))
         _caches.drop()
 
-    def copy_to_ema(self) -> None:
-        """Copies every param into its ema."""
-        self._run("copy_to_ema")
+    def copy_to_ema(self, index: int = 0) -> None:
+        """Copies every param into its ema; ``index`` as :meth:`swap` takes it."""
+        self._run("copy_to_ema", self._checked(index, "copy_to_ema"))
 
-    def copy_to_params(self) -> None:
-        """Copies every ema into its param."""
-        self._run("copy_to_params")
+    def copy_to_params(self, index: int = 0) -> None:
+        """Copies every ema into its param; ``index`` as :meth:`swap` takes it."""
+        self._run("copy_to_params", self._checked(index, "copy_to_params"))
         _caches.drop()
+
+    def _checked(self, index: int, op: str) -> int:
+        if not 0 <= index < self._num_averages:
+            raise IndexError(
+                f"fused_ema.Plan.{op}: index is {index} and the plan has {self._num_averages} "
+                f"average(s); pass 0 to {self._num_averages - 1}"
+            )
+        return index
 
     def _run(self, op: str, *args: Any) -> None:
         if self._zero3:
@@ -136,7 +167,8 @@ class Plan:
 
         Returns:
             Dictionaries with ``backend`` (``"cuda"``, ``"cpu"`` or ``"foreach"``), ``device``,
-            ``ema_dtype``, ``param_dtype``, ``num_tensors`` and ``num_elements``.
+            ``ema_dtype``, ``param_dtype``, ``num_tensors`` and ``num_elements`` (of one average),
+            and ``num_averages``.
         """
         entries: list[dict[str, Any]] = self._plan.describe()
         return entries
@@ -166,8 +198,9 @@ class Plan:
         return self._num_tensors
 
     def __repr__(self) -> str:
+        several = f"{self._num_averages} averages of " if self._num_averages > 1 else ""
         parts = [
-            f"{e['num_tensors']} x {e['ema_dtype']}/{e['param_dtype']} on {e['device']} "
+            f"{several}{e['num_tensors']} x {e['ema_dtype']}/{e['param_dtype']} on {e['device']} "
             f"({e['backend']})"
             for e in self.describe()
         ]

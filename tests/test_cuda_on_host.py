@@ -13,7 +13,15 @@ from itertools import product
 
 import pytest
 from host import host_kernels
-from host.host_kernels import MANY_SIZES, MOMENTA, OFFSETS, HostKernels, Operation, check
+from host.host_kernels import (
+    MANY_SIZES,
+    MOMENTA,
+    OFFSETS,
+    HostKernels,
+    Operation,
+    check,
+    check_averages,
+)
 
 from fused_ema.testing import DTYPE_PAIRS, EDGE_SIZES, dtype_name
 
@@ -66,6 +74,24 @@ def test_lists_at_the_edge(host, sizes, by_table):
         check(host, operation, DTYPE_PAIRS[0], sizes, (0, 0), by_table)
 
 
+@pytest.mark.parametrize("pair", DTYPE_PAIRS, ids=name_of)
+@pytest.mark.parametrize("by_table", [True, False], ids=["table", "arguments"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_several_averages(host, pair, by_table, count):
+    # All aligned, each average misaligned by itself, the params, and the first.
+    offsets = [
+        (0,) * (count + 1),
+        *((0,) * k + (3,) + (0,) * (count - k) for k in range(count + 1)),
+    ]
+    for form, its in product(host_kernels.FORMS, offsets):
+        check_averages(host, form, count, pair, (0, 1, 17, 512, 4097, 9001), its, by_table)
+
+
+def test_several_averages_of_many_tensors(host):
+    for by_table in (True, False):
+        check_averages(host, "lerp", 3, DTYPE_PAIRS[0], MANY_SIZES, (0, 1, 0, 0), by_table)
+
+
 # Faults that were planted: file, what stands there, what it becomes.
 MUTATIONS = {
     "the tail loses an element": (
@@ -95,7 +121,7 @@ MUTATIONS = {
         "source.block_tile(kShape, blockIdx.x - (blockIdx.x == 3))",
     ),
     "ema and param trade places": (
-        "cuda/update.cu",
+        "cuda/update.cuh",
         "lerp(load(ema), static_cast<Compute<A>>(load(param)), c)",
         "lerp(static_cast<Compute<A>>(load(param)), load(ema), c)",
     ),
@@ -105,7 +131,7 @@ MUTATIONS = {
         "args.momentum != args.momentum + 1 ?",
     ),
     "mul_add does not round in between": (
-        "cuda/update.cu",
+        "cuda/update.cuh",
         "return load(Stored<A>::from(x));",
         "return x;",
     ),
@@ -120,7 +146,7 @@ MUTATIONS = {
         "fma(V(c.decay), ema, round_to_param(product(param, V(c.momentum))))",
     ),
     "the param's product is rounded as the ema's": (
-        "cuda/update.cu",
+        "cuda/update.cuh",
         "return Compute<A>{load(Stored<B>::from(x))};",
         "return Compute<A>{load(Stored<A>::from(x))};",
     ),
@@ -137,8 +163,8 @@ MUTATIONS = {
     ),
     "a launch forgets its last pair": (
         "cuda/launch.cuh",
-        "left < kMaxSpansPerLaunch ? left : kMaxSpansPerLaunch)",
-        "left < kMaxSpansPerLaunch ? left : kMaxSpansPerLaunch - 1)",
+        "left < kMaxSpansPerLaunch<S> ? left : kMaxSpansPerLaunch<S>)",
+        "left < kMaxSpansPerLaunch<S> ? left : kMaxSpansPerLaunch<S> - 1)",
     ),
     "the grid is rounded down": (
         "cuda/launch.cuh",
@@ -152,13 +178,28 @@ MUTATIONS = {
     ),
     "a block tile begins at the head": (
         "tiles.h",
-        "split.head + index * block_tile, block_tile, pair",
-        "index * block_tile, block_tile, pair",
+        "split.head + index * block_tile, block_tile, span_index",
+        "index * block_tile, block_tile, span_index",
     ),
     "the rest is cut short": (
         "tiles.h",
         "(rest + warp_tile - 1) / warp_tile",
         "rest / warp_tile",
+    ),
+    "an average goes by the momentum of another": (
+        "cuda/update_averages.cu",
+        "move<kForm>(e2, param, c[2]);",
+        "move<kForm>(e2, param, c[1]);",
+    ),
+    "an average that isn't there is written": (
+        "cuda/update_averages.cu",
+        "kSide == kMostAverages || kSide < count;",
+        "kSide == kMostAverages || kSide < 4;",
+    ),
+    "one misaligned average is taken for aligned": (
+        "cuda/loop.cuh",
+        "((kSide == 0 || is_aligned<kVec>(at)) && ...)",
+        "((kSide != 1 || is_aligned<kVec>(at)) && ...)",
     ),
     "a NaN is rounded like a number": ("ema_math.h", "is_nan ? 0x7fc0u : rounded", "rounded"),
 }

@@ -171,7 +171,7 @@ class Claim(NamedTuple):
 def claims(op: str) -> dict[str, Claim]:
     """By kernel name."""
     return {
-        f"tile_loop_kernel<{start}{a}, {b}>, {a}, {b}, {source}>": Claim(
+        f"tile_loop_kernel<{start}{a}, {b}>, {source}<2> >": Claim(
             {"a": SIZES[a], "b": SIZES[b]}, reads, writes, source, op
         )
         for start, (reads, writes) in OPERATIONS[op].items()
@@ -358,7 +358,7 @@ def toolchain() -> Toolchain:
 
 @pytest.fixture(scope="module")
 def compiled(toolchain, tmp_path_factory):
-    sources = [ROOT / "csrc" / "cuda" / f"{op}.cu" for op in OPERATIONS]
+    sources = [ROOT / "csrc" / "cuda" / f"{op}.cu" for op in (*OPERATIONS, "update_averages")]
     return toolchain.compile(sources, tmp_path_factory.mktemp("sass"))
 
 
@@ -534,7 +534,7 @@ def test_two_products_have_no_fma(compiled):
         name: [*fma_faults(kernel)]
         for (_, op), kernels in compiled.items()
         for name, kernel in kernels.items()
-        if op == "update"
+        if op.startswith("update")
     }
     assert_none({name: found for name, found in faults.items() if "(Form)2" in name})
     # The check sees those of the other forms.
@@ -589,6 +589,56 @@ def test_loads_in_flight_in_numbers():
         "Copy<true, ": [(1, 16), (2, 16), (2, 16), (1, 16), (1, 16), (1, 16)],
         "Copy<false, ": [(1, 16), (2, 32), (2, 32), (1, 16), (1, 16), (1, 16)],
     }
+
+
+# ---- Several averages: five sides, of which the third and fourth may be missing.
+
+AVERAGES_WALK = Walk(128, 1, 5)
+
+
+@pytest.fixture(params=ARCHS)
+def averages(request, compiled) -> dict[str, Kernel]:
+    found = compiled[request.param, "update_averages"]
+    assert sorted(found) == sorted(
+        f"tile_loop_kernel<UpdateAverages<(Form){form}, {a}, {b}>, {source}<5> >"
+        for form in range(3)
+        for a, b in PAIRS
+        for source in SOURCES
+    )
+    return found
+
+
+def test_averages_have_no_spills_no_local_memory_no_division(averages):
+    assert_none(
+        {
+            name: [
+                *resource_faults(kernel, AVERAGES_WALK.max_registers()),
+                *instruction_faults(kernel),
+            ]
+            for name, kernel in averages.items()
+        }
+    )
+
+
+def test_averages_and_params_are_all_on_their_way_before_one_is_used(averages):
+    faults: dict[str, list[str]] = {}
+    for name, kernel in averages.items():
+        a, b = next(pair for pair in PAIRS if f" {pair[0]}, {pair[1]}>" in name)
+        steps = BLOCK_VECTORS // AVERAGES_WALK.threads
+        ways = ways_through(kernel.code, block_tile=True, narrow_too=False)
+        for count in (2, 3, 4):
+            # A param of half the width moves by 8 bytes; four table entries do as well.
+            wide = steps * (count + (SIZES[a] == SIZES[b]))
+            same = {
+                way: in_flight
+                for way, in_flight in ways.items()
+                if (way.wide_loads, way.wide_stores) == (wide, steps * count)
+            }
+            if not same:
+                faults[f"{name}, {count}"] = [f"has no way of {wide} wide loads: {sorted(ways)}"]
+            elif max(same.values()) < count + (SIZES[a] == SIZES[b]):
+                faults[f"{name}, {count}"] = [f"has {max(same.values())} loads in flight"]
+    assert_none(faults)
 
 
 # ---- The checks can fail: one kernel without a fault, and one for each fault.

@@ -29,8 +29,8 @@ __device__ __forceinline__ void run_bulk_tile(const Op& op, A* a, B* b) {
   constexpr TileShape kShape = tile_shape(sizeof(A), sizeof(B));
   constexpr int kVec = kShape.vec;
   constexpr int kTile = kShape.block_tile();
-  __shared__ alignas(128) A shared_a[Op::kReadsA ? kTile : 1];
-  __shared__ alignas(128) B shared_b[Op::kReadsB ? kTile : 1];
+  __shared__ alignas(128) A shared_a[(Op::kReads & 1) != 0 ? kTile : 1];
+  __shared__ alignas(128) B shared_b[(Op::kReads & 2) != 0 ? kTile : 1];
   __shared__ alignas(Barrier) unsigned char barrier_memory[sizeof(Barrier)];
   Barrier& barrier = *reinterpret_cast<Barrier*>(barrier_memory);
   const int rank = static_cast<int>(threadIdx.x);
@@ -41,8 +41,8 @@ __device__ __forceinline__ void run_bulk_tile(const Op& op, A* a, B* b) {
   __syncthreads();
   Barrier::arrival_token token;
   if (rank == 0) {
-    const uint32_t bytes = bulk_load<Op::kReadsA, A, kTile>(shared_a, a, barrier) +
-                           bulk_load<Op::kReadsB, B, kTile>(shared_b, b, barrier);
+    const uint32_t bytes = bulk_load<(Op::kReads & 1) != 0, A, kTile>(shared_a, a, barrier) +
+                           bulk_load<(Op::kReads & 2) != 0, B, kTile>(shared_b, b, barrier);
     token = ::cuda::device::barrier_arrive_tx(barrier, 1, bytes);
   } else {
     token = barrier.arrive();
@@ -53,12 +53,12 @@ __device__ __forceinline__ void run_bulk_tile(const Op& op, A* a, B* b) {
   for (int i = rank; i < kBlockTileVectors; i += Op::kWalk.threads) {
     Vec<A, kVec> va;
     Vec<B, kVec> vb;
-    if constexpr (Op::kReadsA) load_vec<true>(va, shared_a + i * kVec);
-    if constexpr (Op::kReadsB) load_vec<true>(vb, shared_b + i * kVec);
+    if constexpr ((Op::kReads & 1) != 0) load_vec<true>(va, shared_a + i * kVec);
+    if constexpr ((Op::kReads & 2) != 0) load_vec<true>(vb, shared_b + i * kVec);
 #pragma unroll
     for (int k = 0; k < kVec; ++k) op(va.e[k], vb.e[k]);
-    if constexpr (Op::kWritesA) store_vec<true>(a + i * kVec, va);
-    if constexpr (Op::kWritesB) store_vec<true>(b + i * kVec, vb);
+    if constexpr ((Op::kWrites & 1) != 0) store_vec<true>(a + i * kVec, va);
+    if constexpr ((Op::kWrites & 2) != 0) store_vec<true>(b + i * kVec, vb);
   }
 }
 

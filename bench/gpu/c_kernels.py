@@ -8,7 +8,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,15 @@ class _Work(ctypes.Structure):
     )
 
 
-_TILE_BYTES = 24  # sizeof(Tile): two pointers, a length, an index.
+class _AveragesSpan(ctypes.Structure):
+    _fields_ = (("sides", ctypes.c_void_p * 5), ("n", ctypes.c_int64))
+
+
+MOST_AVERAGES = 4  # Of csrc/tiles.h.
+
+
+def _tile_bytes(sides: int) -> int:
+    return 8 * sides + 8  # As many pointers, a length, an index.
 
 
 class Prepared:
@@ -88,15 +96,66 @@ class Kernels:
         if not by_table:
             address = ctypes.cast(spans, ctypes.c_void_p)
             return Prepared(pair, _Work(spans=address, num_spans=len(ema)), (spans, ema, params))
-        counts = (ctypes.c_int64 * 2)()
-        self._library.ema_make_tiles(pair, spans, ctypes.c_int64(len(ema)), counts, None)
-        made = torch.empty(sum(counts) * _TILE_BYTES, dtype=torch.uint8)
-        tiles = ctypes.c_void_p(made.data_ptr())
-        self._library.ema_make_tiles(pair, spans, ctypes.c_int64(len(ema)), counts, tiles)
-        table = made.to(ema[0].device) if ema else made
+        table, work = self._table(self._library.ema_make_tiles, pair, spans, 2, ema)
+        return Prepared(pair, work, (table, ema, params))
+
+    def prepare_averages(
+        self, emas: Sequence[Sequence[Tensor]], params: Sequence[Tensor], by_table: bool
+    ) -> Prepared:
+        """The same of two to four averages of the same params, for :meth:`run_averages`."""
+        pair = DTYPE_PAIRS.index((emas[0][0].dtype, params[0].dtype)) if params else 0
+        spans = (_AveragesSpan * len(params))()
+        for i, param in enumerate(params):
+            for k in range(MOST_AVERAGES):
+                spans[i].sides[k] = emas[k if k < len(emas) else 0][i].data_ptr()
+            spans[i].sides[MOST_AVERAGES], spans[i].n = param.data_ptr(), param.numel()
+        if not by_table:
+            address = ctypes.cast(spans, ctypes.c_void_p)
+            return Prepared(
+                pair, _Work(spans=address, num_spans=len(params)), (spans, emas, params)
+            )
+        make = self._library.ema_make_averages_tiles
+        table, work = self._table(make, pair, spans, MOST_AVERAGES + 1, params)
+        return Prepared(pair, work, (table, emas, params))
+
+    def _table(
+        self, make: Any, pair: int, spans: Any, sides: int, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, _Work]:
+        counts, size = (ctypes.c_int64 * 2)(), ctypes.c_int64(len(tensors))
+        make(pair, spans, size, counts, None)
+        made = torch.empty(sum(counts) * _tile_bytes(sides), dtype=torch.uint8)
+        make(pair, spans, size, counts, ctypes.c_void_p(made.data_ptr()))
+        table = made.to(tensors[0].device) if tensors else made
         # An empty tensor has no address, and a null pointer would mean spans, of which are none.
         work = _Work(tiles=table.data_ptr(), num_block_tiles=counts[0], num_warp_tiles=counts[1])
-        return Prepared(pair, work, (table, ema, params))
+        return table, work
+
+    def run_averages(
+        self,
+        form: Form,
+        momenta: Sequence[float],
+        prepared: Prepared,
+        stream: int = 0,
+        device_momenta: Tensor | None = None,
+    ) -> None:
+        """Updates several averages at once; the rest as :meth:`run` has it.
+
+        Raises:
+            RuntimeError: A launch failed.
+        """
+        values = (ctypes.c_double * len(momenta))(*momenta)
+        address = device_momenta.data_ptr() if device_momenta is not None else None
+        status = self._library.ema_update_averages(
+            prepared.pair,
+            FORMS.index(form),
+            len(momenta),
+            values,
+            ctypes.c_void_p(address),
+            ctypes.byref(prepared.work),
+            ctypes.c_void_p(stream),
+        )
+        if status:
+            raise RuntimeError(f"{len(momenta)} averages by {form}: CUDA error {status}")
 
     def run(
         self,

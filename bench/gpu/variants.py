@@ -31,7 +31,10 @@ from fused_ema.__main__ import number
 from fused_ema.testing import bits_of
 
 _ROOT = Path(__file__).parents[2]
-_SOURCES = ("cuda/update.cu", "cuda/swap.cu", "cuda/copy.cu", "cuda/c_api.cpp", "tiles.cpp")
+_SOURCES = (
+    *("cuda/update.cu", "cuda/update_averages.cu", "cuda/swap.cu", "cuda/copy.cu"),
+    *("cuda/c_api.cpp", "tiles.cpp"),
+)
 _FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-shared", "-Xptxas", "-v")
 _LIBRARY, _FACTS = "libvariant.so", "facts.json"
 BASELINE = "as it is"
@@ -47,7 +50,7 @@ Edit = tuple[str, str, str]
 
 _UPDATE_WALK = "Walk kWalk{256, 1, sizeof(A) == 8 ? 4 : 6};"
 _SWAP_WALK = "Walk kWalk{512, 2, 2};"
-_LEAST = "kAlignedB || sizeof(A) == 2 ? 1 : 2"
+_LEAST = "kAligned || kIsNarrow || kCount > 2 ? 1 : 2"
 _COPY_WALK = "Walk kWalk = sizeof(A) == sizeof(B) ? Walk{256, 1, 8} : Walk{256, 2, 5};"
 
 
@@ -130,25 +133,23 @@ _PERSISTENT: tuple[Edit, ...] = (
     ),
     (
         "cuda/loop.cuh",
-        "  if (blockIdx.x < source.num_block_tiles) {\n"
-        "    const Tile tile = source.block_tile(kShape, blockIdx.x);",
-        """  uint32_t block = blockIdx.x;
-  for (; block < source.num_block_tiles; block += gridDim.x) {
-    const Tile tile = source.block_tile(kShape, block);""",
+        "    if (blockIdx.x < source.num_block_tiles) {\n"
+        "      const TileOf<kCount> tile = source.block_tile(kShape, blockIdx.x);",
+        """    uint32_t block = blockIdx.x;
+    for (; block < source.num_block_tiles; block += gridDim.x) {
+      const TileOf<kCount> tile = source.block_tile(kShape, block);""",
     ),
     (
         "cuda/loop.cuh",
-        """                   static_cast<int>(threadIdx.x));
-    return;
-  }
-  constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
-  const uint32_t index = (blockIdx.x - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
-  if (index < source.num_warp_tiles) {""",
-        """                   static_cast<int>(threadIdx.x));
-  }
-  constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
-  uint32_t index = (block - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
-  for (; index < source.num_warp_tiles; index += gridDim.x * kWarps) {""",
+        """      return;
+    }
+    constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
+    const uint32_t index = (blockIdx.x - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
+    if (index < source.num_warp_tiles) {""",
+        """    }
+    constexpr uint32_t kWarps = Op::kWalk.threads / kWarpSize;
+    uint32_t index = (block - source.num_block_tiles) * kWarps + threadIdx.x / kWarpSize;
+    for (; index < source.num_warp_tiles; index += gridDim.x * kWarps) {""",
     ),
 )
 
@@ -166,27 +167,46 @@ _DEPENDENT: tuple[Edit, ...] = (
     # The table may be read early: no kernel writes it. Momentum and elements may not.
     (
         "cuda/loop.cuh",
-        "  const Op op(args);\n  if (blockIdx.x < source.num_block_tiles) {\n"
-        "    const Tile tile = source.block_tile(kShape, blockIdx.x);",
-        """  cudaTriggerProgrammaticLaunchCompletion();
-  if (blockIdx.x < source.num_block_tiles) {
-    const Tile tile = source.block_tile(kShape, blockIdx.x);
-    cudaGridDependencySynchronize();
-    const Op op(args);""",
+        "    if (blockIdx.x < source.num_block_tiles) {\n"
+        "      const TileOf<kCount> tile = source.block_tile(kShape, blockIdx.x);",
+        """    cudaTriggerProgrammaticLaunchCompletion();
+    if (blockIdx.x < source.num_block_tiles) {
+      const TileOf<kCount> tile = source.block_tile(kShape, blockIdx.x);
+      cudaGridDependencySynchronize();
+      const Op op(args);""",
     ),
     (
         "cuda/loop.cuh",
-        "  if (index < source.num_warp_tiles) {",
-        """  cudaGridDependencySynchronize();
-  const Op op(args);
-  if (index < source.num_warp_tiles) {""",
+        "    if (index < source.num_warp_tiles) {",
+        """    cudaGridDependencySynchronize();
+    const Op op(args);
+    if (index < source.num_warp_tiles) {""",
+    ),
+    (
+        "cuda/loop.cuh",
+        "void run(const Source& source, const Op& op) {",
+        """void run(
+      const Source& source, const typename Op::Args& args) {""",
+    ),
+    (
+        "cuda/loop.cuh",
+        "  const Op op(args);\n  Loop<Op>::run(source, op);",
+        "  Loop<Op>::run(source, args);",
     ),
 )
 
 # 16 bytes of the narrower side, so that a thread's part of the wider one is two accesses of which
 # each leaves every other half of a sector to the other. Matters to mixed pairs alone.
 _NARROW: tuple[Edit, ...] = (
-    ("tiles.h", "kVectorBytes / size_a}", "kVectorBytes / size_b}"),
+    ("tiles.h", "kVectorBytes / first}", "kVectorBytes / last_of(first, others...)}"),
+    (
+        "tiles.h",
+        "template <typename... Size>\nFUSED_EMA_HOST_DEVICE",
+        "template <typename... Size>\n"
+        "FUSED_EMA_HOST_DEVICE constexpr int last_of(int first, Size... others) {\n"
+        "  int last = first;\n  ((last = others), ...);\n  return last;\n}\n"
+        "template <typename... Size>\nFUSED_EMA_HOST_DEVICE",
+    ),
     (
         "cuda/vec.cuh",
         "struct alignas(N * sizeof(T)) Vec {",
@@ -216,43 +236,54 @@ _BULK: tuple[Edit, ...] = (
     ("cuda/loop.cuh", '#include "vec.cuh"', '#include "bulk.cuh"\n#include "vec.cuh"'),
     (
         "cuda/loop.cuh",
-        "    run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,",
-        """    if (is_aligned<kVectorBytes / sizeof(B)>(static_cast<B*>(tile.b))) {
-      run_bulk_tile<Op>(op, static_cast<A*>(tile.a), static_cast<B*>(tile.b));
-      return;
-    }
-    run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,""",
+        "      run_body<true>(",
+        """      if constexpr (kCount == 2) {
+        if ((is_aligned<kVectorBytes / sizeof(T)>(static_cast<T*>(tile.sides[kSide])) && ...)) {
+          run_bulk_tile<Op>(op, static_cast<T*>(tile.sides[kSide])...);
+          return;
+        }
+      }
+      run_body<true>(""",
     ),
 )
 
 
 _AHEAD: Edit = (
     "cuda/loop.cuh",
-    "  if (blockIdx.x < source.num_block_tiles) {\n",
+    "    if (blockIdx.x < source.num_block_tiles) {\n",
     """#if defined(__CUDA_ARCH__)
   constexpr uint32_t kAhead = 264;  // two rounds of an H200's multiprocessors
-  if constexpr (sizeof(Source) == sizeof(TableSource)) {
+  if constexpr (sizeof(Source) == sizeof(TableSource<kCount>)) {
     if (threadIdx.x == 0 && blockIdx.x + kAhead < source.num_block_tiles) {
       asm volatile("prefetch.global.L2 [%0];" ::"l"(source.tiles + blockIdx.x + kAhead));
     }
   }
 #endif
-  if (blockIdx.x < source.num_block_tiles) {
+    if (blockIdx.x < source.num_block_tiles) {
 """,
 )
 
+# Each vector of every side before the next one.
 _ALTERNATE: Edit = (
     "cuda/loop.cuh",
-    """    }
-  }
-  // One side after the other: alternately a swap in steps of two loses 7 % on an H200.
-  asm volatile("" ::: "memory");
-#pragma unroll
-  for (int u = 0; u < kStep; ++u) {
-    const int i = first + u * team_size;
-    if (kFull || i < num_vectors) {
-""",
-    "",
+    "    (load_side<kSide, kFull, kAligned>(op, of<kSide>(v), at, num_vectors, first, team_size),"
+    " ...);",
+    """#pragma unroll
+    for (int u = 0; u < kStep; ++u) {
+      const int i = first + u * team_size;
+      (load_side<kSide, kFull, kAligned>(op, one_of(of<kSide>(v)[u]), at, num_vectors, i, 0), ...);
+    }""",
+)
+_ONE_OF: Edit = (
+    "cuda/loop.cuh",
+    "template <typename Op, typename Types, typename Numbers>\nstruct LoopOver;",
+    """template <typename V>
+__device__ __forceinline__ V (&one_of(V& v))[1] {
+  return reinterpret_cast<V(&)[1]>(v);
+}
+
+template <typename Op, typename Types, typename Numbers>
+struct LoopOver;""",
 )
 
 
@@ -284,7 +315,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant("the same, table fetched ahead", (*_walk(1024, 1, 2), _AHEAD)),
     Variant("128 threads in steps of 2", _walk(128, 2, 10)),
     Variant("128 threads in steps of 1", _walk(128, 1, 16)),
-    Variant("alternate loads", (_ALTERNATE,)),
+    Variant("alternate loads", (_ALTERNATE, _ONE_OF)),
     Variant("half the tile", _tiles(512)),
     Variant("arguments, tiles of 4 KB", (*_walk(128, 2, 10), *_tiles(256)), by_table=False),
     Variant("arguments, tiles of 2 KB", (*_walk(128, 1, 16), *_tiles(128)), by_table=False),

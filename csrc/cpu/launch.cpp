@@ -53,19 +53,33 @@ constexpr int64_t kSpanCost = 128;
 constexpr size_t kSpansAhead = 12;
 constexpr int64_t kPrefetchBytes = 512;
 
-void prefetch(const Span& span, const TileShape& shape) {
-  const auto fetch = [](void* begin, int64_t bytes) {
-    for (int64_t i = 0; i < std::min(bytes, kPrefetchBytes); i += 64) {
-      __builtin_prefetch(static_cast<char*>(begin) + i, 0, 2);
-    }
-  };
-  fetch(span.a, span.n * shape.size_a);
-  fetch(span.b, span.n * shape.size_b);
+// What is worked on of several averages at once, so that the params come from memory once and then
+// from the first-level cache, which holds this much of five sides.
+constexpr int64_t kPiece = 512;
+
+void fetch(const void* begin, int64_t bytes) {
+  for (int64_t i = 0; i < std::min(bytes, kPrefetchBytes); i += 64) {
+    __builtin_prefetch(static_cast<const char*>(begin) + i, 0, 2);
+  }
+}
+
+void prefetch(const SpanTable& table, size_t i, const TileShape& shape, const Work& work) {
+  const Span& span = table.spans[i];
+  fetch(span.sides[1], span.n * shape.sizes[1]);
+  for (int average = work.first; average < work.last; ++average) {
+    fetch(table.pair(i, average).sides[0], span.n * shape.sizes[0]);
+  }
+}
+
+void run_elements(SpanKernel kernel, double momentum, const Span& span, const TileShape& shape,
+                  int64_t begin, int64_t end) {
+  kernel(momentum, static_cast<char*>(span.sides[0]) + begin * shape.sizes[0],
+         static_cast<char*>(span.sides[1]) + begin * shape.sizes[1], end - begin);
 }
 
 // Elements [first, last) of a span, each with the arithmetic that torch's loop would give it.
-void run_as_torch(const Work& work, const Span& span, const TileShape& shape, int64_t first,
-                  int64_t last) {
+void run_as_torch(const Work& work, double momentum, const Span& span, const TileShape& shape,
+                  int64_t first, int64_t last) {
   constexpr int64_t kTorchGrain = 32768;
   const TorchLoop& loop = work.torch_loop;
   int64_t part = span.n;
@@ -78,8 +92,7 @@ void run_as_torch(const Work& work, const Span& span, const TileShape& shape, in
     begin = std::max(begin, first);
     end = std::min(end, last);
     if (begin >= end) return;
-    kernel(work.momentum, static_cast<char*>(span.a) + begin * shape.size_a,
-           static_cast<char*>(span.b) + begin * shape.size_b, end - begin);
+    run_elements(kernel, momentum, span, shape, begin, end);
   };
   for (int64_t begin = first / part * part; begin < last; begin += part) {
     const int64_t end = std::min(begin + part, span.n);
@@ -89,11 +102,24 @@ void run_as_torch(const Work& work, const Span& span, const TileShape& shape, in
   }
 }
 
+// Elements [first, last) of a span, of one average.
+void run_average(const Work& work, int average, const Span& span, const TileShape& shape,
+                 int64_t first, int64_t last) {
+  const double momentum = work.momenta == nullptr ? 0.0 : work.momenta[average];
+  if (work.one_at_a_time != nullptr) {
+    run_as_torch(work, momentum, span, shape, first, last);
+  } else {
+    run_elements(work.kernel, momentum, span, shape, first, last);
+  }
+}
+
 }  // namespace
 
-SpanTable make_span_table(std::vector<Span> spans) {
+SpanTable make_span_table(std::vector<Span> spans, std::vector<void*> others, int num_others) {
   SpanTable table;
   table.spans = std::move(spans);
+  table.others = std::move(others);
+  table.num_others = num_others;
   table.cost_before.reserve(table.spans.size() + 1);
   int64_t total = 0;
   for (const Span& span : table.spans) {
@@ -130,7 +156,7 @@ void run_range(const SpanTable& table, const TileShape& shape, const Work& work,
   size_t i = std::upper_bound(before.begin(), before.end(), begin) - before.begin() - 1;
   for (; i < table.spans.size() && before[i] < end; ++i) {
     const Span& span = table.spans[i];
-    if (i + kSpansAhead < table.spans.size()) prefetch(table.spans[i + kSpansAhead], shape);
+    if (i + kSpansAhead < table.spans.size()) prefetch(table, i + kSpansAhead, shape, work);
     // A span shared by two ranges is cut by cost, at a multiple of 64 elements so that no two
     // threads write one cache line's worth of vectors. Both sides compute the same cut.
     const auto cut = [&](int64_t cost) {
@@ -140,11 +166,12 @@ void run_range(const SpanTable& table, const TileShape& shape, const Work& work,
     const int64_t first = cut(begin);
     const int64_t last = cut(end);
     if (first >= last) continue;
-    if (work.one_at_a_time != nullptr) {
-      run_as_torch(work, span, shape, first, last);
-    } else {
-      work.kernel(work.momentum, static_cast<char*>(span.a) + first * shape.size_a,
-                  static_cast<char*>(span.b) + first * shape.size_b, last - first);
+    const int64_t piece = work.last - work.first == 1 ? last - first : kPiece;
+    for (int64_t piece_first = first; piece_first < last; piece_first += piece) {
+      const int64_t piece_last = std::min(piece_first + piece, last);
+      for (int average = work.first; average < work.last; ++average) {
+        run_average(work, average, table.pair(i, average), shape, piece_first, piece_last);
+      }
     }
   }
 }

@@ -16,8 +16,19 @@ struct SpanTable {
   std::vector<Span> spans;
   std::vector<int64_t> cost_before;  // one more than spans: the last is the total
   int64_t num_elements = 0;
+  // The emas of other averages of the same params: for each span num_others of them.
+  std::vector<void*> others;
+  int num_others = 0;
+
+  // A param with its ema of that average.
+  Span pair(size_t i, int average) const {
+    Span pair = spans[i];
+    if (average > 0) pair.sides[0] = others[i * num_others + average - 1];
+    return pair;
+  }
 };
-SpanTable make_span_table(std::vector<Span> spans);
+SpanTable make_span_table(std::vector<Span> spans, std::vector<void*> others = {},
+                          int num_others = 0);
 
 // The instruction set in use: "avx512", "avx2" or "generic".
 const char* instruction_set();
@@ -40,10 +51,12 @@ struct TorchLoop {
   int64_t step;
 };
 
-// One operation on a list.
+// One operation on a list: on the averages [first, last), a momentum for each.
 struct Work {
   SpanKernel kernel;
-  double momentum = 0.0;
+  const double* momenta = nullptr;
+  int first = 0;
+  int last = 1;
   SpanKernel one_at_a_time = nullptr;  // where set, for the elements that torch_loop leaves over
   TorchLoop torch_loop = {1, 1};
 };

@@ -17,14 +17,17 @@ const char* status_text(Status status);
 using Stream = void*;
 
 // Either a plan's table in device memory (one launch), or spans in host memory that travel as
-// kernel arguments (one launch per kMaxSpansPerLaunch tensor pairs).
-struct Work {
-  const Tile* tiles = nullptr;
+// kernel arguments (one launch per kMaxSpansPerLaunch of them).
+template <int S>
+struct WorkOf {
+  const TileOf<S>* tiles = nullptr;
   uint32_t num_block_tiles = 0;
   uint32_t num_warp_tiles = 0;
-  const Span* spans = nullptr;
+  const SpanOf<S>* spans = nullptr;
   int64_t num_spans = 0;
 };
+using Work = WorkOf<2>;
+using AveragesWork = WorkOf<kAveragesSides>;
 
 // By value, or read by the kernel from device memory where the pointer is set.
 struct Momentum {
@@ -32,7 +35,17 @@ struct Momentum {
   const double* device = nullptr;
 };
 
+// Of two to kMostAverages averages: by value, or as many read from device memory.
+struct Momenta {
+  int count;
+  const double* values;
+  const double* device = nullptr;
+};
+
 Status launch_update(DtypePair pair, Form form, const Work& work, Momentum momentum, Stream stream);
+// Several averages of the same params, which are read once.
+Status launch_update_averages(DtypePair pair, Form form, const AveragesWork& work, Momenta momenta,
+                              Stream stream);
 Status launch_swap(DtypePair pair, const Work& work, Stream stream);
 // From side b to side a of the pair, or the other way.
 Status launch_copy(DtypePair pair, bool to_a, const Work& work, Stream stream);

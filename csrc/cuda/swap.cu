@@ -5,8 +5,8 @@ namespace fused_ema::cuda {
 namespace {
 
 template <typename A, typename B>
-struct Swap {
-  static constexpr bool kReadsA = true, kReadsB = true, kWritesA = true, kWritesB = true;
+struct Swap : SidesOf<A, B> {
+  static constexpr int kReads = 0b11, kWrites = 0b11;
   // Where as much is written as read, steps of one lose a tenth.
   static constexpr Walk kWalk{512, 2, 2};
   struct Args {};
@@ -25,7 +25,7 @@ Status launch_swap(DtypePair pair, const Work& work, Stream stream) {
   switch (pair) {
 #define FUSED_EMA_CASE(name, A, B) \
   case DtypePair::name:            \
-    return launch<Swap<A, B>, A, B>(work, {}, stream);
+    return launch<Swap<A, B>>(work, {}, stream);
     FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
 #undef FUSED_EMA_CASE
   }

@@ -1,12 +1,12 @@
 // ema = (1 - m) * ema + m * param
-#include "launch.cuh"
+#include "update.cuh"
 
 namespace fused_ema::cuda {
 namespace {
 
 template <Form kForm, typename A, typename B>
-struct Update {
-  static constexpr bool kReadsA = true, kReadsB = true, kWritesA = true, kWritesB = false;
+struct Update : SidesOf<A, B> {
+  static constexpr int kReads = 0b11, kWrites = 0b01;
   // fp64 takes more registers where params are misaligned.
   static constexpr Walk kWalk{256, 1, sizeof(A) == 8 ? 4 : 6};
   struct Args {
@@ -19,19 +19,7 @@ struct Update {
       : c(args.momentum == nullptr ? args.by_value
                                    : coefficients<A, B>(*args.momentum, AlphaRounding::kNone)) {}
 
-  __device__ void operator()(A& ema, const B& param) const {
-    if constexpr (kForm == Form::kLerp) {
-      ema = Stored<A>::from(lerp(load(ema), static_cast<Compute<A>>(load(param)), c));
-    } else if constexpr (kForm == Form::kTwoProducts) {
-      ema = Stored<A>::from(two_products(
-          load(ema), static_cast<Compute<A>>(load(param)), c,
-          [](Compute<A> x) { return Compute<A>{load(Stored<A>::from(x))}; },
-          [](Compute<A> x) { return Compute<A>{load(Stored<B>::from(x))}; }));
-    } else {
-      ema = Stored<A>::from(mul_add(load(ema), static_cast<Compute<A>>(load(param)), c,
-                                    [](Compute<A> x) { return load(Stored<A>::from(x)); }));
-    }
-  }
+  __device__ void operator()(A& ema, const B& param) const { move<kForm>(ema, param, c); }
 };
 
 template <Form kForm, typename A, typename B>
@@ -39,7 +27,7 @@ Status launch_form(const Work& work, Momentum momentum, Stream stream) {
   using Op = Update<kForm, A, B>;
   const typename Op::Args args{coefficients<A, B>(momentum.value, AlphaRounding::kNone),
                                momentum.device};
-  return launch<Op, A, B>(work, args, stream);
+  return launch<Op>(work, args, stream);
 }
 
 template <typename A, typename B>

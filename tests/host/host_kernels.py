@@ -23,6 +23,7 @@ from torch import Tensor
 import fused_ema
 from bench.gpu import c_kernels
 from bench.gpu.c_kernels import FORMS
+from fused_ema.ops import Form
 from fused_ema.testing import (
     DTYPE_PAIRS,
     EDGE_SIZES,
@@ -37,6 +38,7 @@ from fused_ema.testing import (
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 SPANS_A_LAUNCH = 1019  # That fit 32,764 bytes of kernel arguments.
+AVERAGES_SPANS_A_LAUNCH = 582  # The same of four averages and their params.
 # More than two launches of kernel arguments: a warp tile or less each, with empty ones among them.
 MANY_SIZES = tuple(i * 37 % 131 for i in range(2 * SPANS_A_LAUNCH + 5))
 LISTS = {"edge sizes": EDGE_SIZES, "many": MANY_SIZES, "none": (), "empty": (0, 0)}
@@ -57,7 +59,9 @@ def build(folder: Path, csrc: Path = CSRC, strict: bool = True) -> Path:
     options += warnings if strict else ["-w"]
     if platform.machine() in ("x86_64", "AMD64"):
         options += ["-mfma"]  # Otherwise each FMA is a call of libm: the same bits, slowly.
-    sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
+    sources = [
+        csrc / "cuda" / f"{name}.cu" for name in ("update", "update_averages", "swap", "copy")
+    ]
     sources += [csrc / "tiles.cpp", csrc / "cuda" / "c_api.cpp"]
     folder.mkdir(parents=True, exist_ok=True)
     objects, jobs = [], []
@@ -102,6 +106,21 @@ class HostKernels(c_kernels.Kernels):
             operation = replace(operation, momentum=-1.0)  # Not to be read.
         self._num_launches.value = 0
         self.run(operation, self.prepare(a, b, by_table), device_momentum=momentum)
+        return self._num_launches.value
+
+    def do_averages(
+        self,
+        form: Form,
+        momenta: Sequence[float],
+        emas: Sequence[Sequence[Tensor]],
+        params: Sequence[Tensor],
+        by_table: bool,
+    ) -> int:
+        """Updates several averages, by a table with the momenta in memory; returns the launches."""
+        there = torch.tensor(momenta, dtype=torch.float64) if by_table else None
+        self._num_launches.value = 0
+        prepared = self.prepare_averages(emas, params, by_table)
+        self.run_averages(form, momenta, prepared, device_momenta=there)
         return self._num_launches.value
 
 
@@ -195,6 +214,55 @@ def check(
     return sum(sizes)
 
 
+def check_averages(
+    host: HostKernels,
+    form: Form,
+    count: int,
+    pair: tuple[torch.dtype, torch.dtype],
+    sizes: Sequence[int],
+    offsets: Sequence[int],
+    by_table: bool,
+) -> None:
+    """Updates several averages at once, and compares all memory with one update after the other.
+
+    Args:
+        host: The library.
+        form: Of the update.
+        count: How many averages.
+        pair: Dtypes of emas and params.
+        sizes: Of the tensors.
+        offsets: Elements by which the tensors of each average, and then the params, start past a
+            64-byte boundary.
+        by_table: Tiles in a table and momenta in memory; or both as arguments.
+    """
+    where = f"{count} averages by {form}, {pair}, offsets {offsets}, table {by_table}"
+    momenta = (0.25, 0.75, 2e-4, 0.5)[:count]
+    layouts = [lay_out(sizes, offset) for offset in offsets]
+    *emas, params = (
+        random_values(length, pair[0] if side < count else pair[1], seed=side)
+        for side, (_, length) in enumerate(layouts)
+    )
+    *starts, params_at = (its for its, _ in layouts)
+    wanted, param_lists = [ema.clone() for ema in emas], views(params, params_at, sizes)
+    for ema, its, momentum in zip(wanted, starts, momenta, strict=True):
+        expect(Operation("update", form, momentum), views(ema, its, sizes), param_lists)
+    before = params.clone()
+    lists = [views(ema, its, sizes) for ema, its in zip(emas, starts, strict=True)]
+    launches = host.do_averages(form, momenta, lists, param_lists, by_table)
+    for k, (got, want) in enumerate(zip(emas, wanted, strict=True)):
+        assert_bits_equal(got, want, f"average {k}, {where}")
+    assert torch.equal(bits_of(params), bits_of(before)), f"{where}: params were written"
+    parts = (
+        [sizes]
+        if by_table
+        else [
+            sizes[i : i + AVERAGES_SPANS_A_LAUNCH]
+            for i in range(0, len(sizes), AVERAGES_SPANS_A_LAUNCH)
+        ]
+    )
+    assert launches == sum(any(part) for part in parts), f"{where}: {launches} launches"
+
+
 def operations(momenta: Iterable[float] = MOMENTA) -> Iterator[Operation]:
     """Every operation, updates in each form with each momentum."""
     for form, momentum, in_memory in product(FORMS, momenta, (False, True)):
@@ -212,6 +280,8 @@ def check_quickly(host: HostKernels) -> None:
             check(host, operation, pair, sizes, offsets, by_table)
     for by_table in (True, False):
         check(host, Operation("swap"), DTYPE_PAIRS[0], MANY_SIZES, (0, 0), by_table)
+        for offsets in ((0,) * 4, (0, 0, 1, 0)):
+            check_averages(host, "lerp", 3, DTYPE_PAIRS[1], sizes, offsets, by_table)
 
 
 def verdict_on(csrc: Path, folder: Path) -> str:

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -110,14 +111,25 @@ template <typename AnySide>
 std::vector<Span> spans_of(const AnySide& a, const AnySide& b) {
   std::vector<Span> spans;
   for (size_t i = 0; i < std::size(kSizes); ++i) {
-    spans.push_back(Span{a.elements(i), b.elements(i), kSizes[i]});
+    spans.push_back(Span{{a.elements(i), b.elements(i)}, kSizes[i]});
   }
   return spans;
 }
 
+// A momentum for each average; exact in every dtype, as a quarter is.
+constexpr double kMomenta[] = {0.25, 0.5, 0.125, 0.75};
+
+// As groups.cpp does, but in smaller chunks: more seams between threads.
+void run_in_chunks(DtypePair pair, const cpu::SpanTable& table, const cpu::Work& work) {
+  parallel_chunks(Threads::kAll, table.cost_before.back(), 1 << 10,
+                  [&](int64_t begin, int64_t end) {
+                    cpu::run_range(table, tile_shape(pair), work, begin, end);
+                  });
+}
+
 void run_cpu(DtypePair pair, const Operation& operation, const Side& a, const Side& b,
              bool streaming) {
-  cpu::Work work{nullptr, operation.momentum};
+  cpu::Work work{nullptr, &operation.momentum};
   switch (operation.kind) {
     case Kind::kUpdate:
       work.kernel = cpu::update_kernel(pair, operation.form);
@@ -128,12 +140,19 @@ void run_cpu(DtypePair pair, const Operation& operation, const Side& a, const Si
     default:
       work.kernel = cpu::copy_kernel(pair, operation.kind == Kind::kCopyToA, streaming);
   }
-  const cpu::SpanTable table = cpu::make_span_table(spans_of(a, b));
-  const int64_t total = table.cost_before.back();
-  // As groups.cpp does, but in smaller chunks: more seams between threads.
-  parallel_chunks(Threads::kAll, total, 1 << 10, [&](int64_t begin, int64_t end) {
-    cpu::run_range(table, tile_shape(pair), work, begin, end);
-  });
+  run_in_chunks(pair, cpu::make_span_table(spans_of(a, b)), work);
+}
+
+void run_averages_on_cpu(DtypePair pair, Form form, const std::vector<const Side*>& emas,
+                         const Side& b) {
+  const int count = static_cast<int>(emas.size());
+  std::vector<void*> others;
+  for (size_t i = 0; i < std::size(kSizes); ++i) {
+    for (int k = 1; k < count; ++k) others.push_back(emas[k]->elements(i));
+  }
+  const cpu::Work work{cpu::update_kernel(pair, form), kMomenta, 0, count};
+  run_in_chunks(pair, cpu::make_span_table(spans_of(*emas[0], b), std::move(others), count - 1),
+                work);
 }
 
 // Values of the host in the device's memory.
@@ -152,24 +171,37 @@ class Uploaded {
   void* memory_ = nullptr;
 };
 
+// A list as a plan has it, or as it travels in the kernel's arguments.
+template <int S>
+class Listed {
+ public:
+  Listed(const ShapeOf<S>& shape, const std::vector<SpanOf<S>>& spans, bool by_table)
+      : table_(make_tile_table(shape, spans)), tiles_(table_.tiles.data(), table_.tiles.size()) {
+    if (by_table) {
+      work.tiles = tiles_.get();
+      work.num_block_tiles = static_cast<uint32_t>(table_.num_block_tiles);
+      work.num_warp_tiles = static_cast<uint32_t>(table_.num_warp_tiles());
+    } else {
+      work.spans = spans.data();
+      work.num_spans = static_cast<int64_t>(spans.size());
+    }
+  }
+  cuda::WorkOf<S> work;
+
+ private:
+  const TileTable<S> table_;
+  const Uploaded<TileOf<S>> tiles_;
+};
+
 // by_table: as a plan runs, and the momentum in the device's memory too; otherwise both travel as
 // kernel arguments.
 void run_spans(DtypePair pair, const Operation& operation, const std::vector<Span>& spans,
                bool by_table) {
-  const TileTable table = make_tile_table(tile_shape(pair), spans);
-  const Uploaded<Tile> tiles(table.tiles.data(), table.tiles.size());
+  const Listed<2> listed(tile_shape(pair), spans, by_table);
+  const cuda::Work& work = listed.work;
   const Uploaded<double> momentum_there(&operation.momentum, 1);
-  cuda::Work work;
   cuda::Momentum momentum{operation.momentum};
-  if (by_table) {
-    work.tiles = tiles.get();
-    work.num_block_tiles = static_cast<uint32_t>(table.num_block_tiles);
-    work.num_warp_tiles = static_cast<uint32_t>(table.num_warp_tiles());
-    momentum = {-1.0, momentum_there.get()};
-  } else {
-    work.spans = spans.data();
-    work.num_spans = static_cast<int64_t>(spans.size());
-  }
+  if (by_table) momentum = {-1.0, momentum_there.get()};
   switch (operation.kind) {
     case Kind::kUpdate:
       check(cuda::launch_update(pair, operation.form, work, momentum, nullptr));
@@ -186,6 +218,28 @@ void run_spans(DtypePair pair, const Operation& operation, const std::vector<Spa
 void run_cuda(DtypePair pair, const Operation& operation, Side& a, Side& b, bool by_table) {
   const DeviceSide device_a(a), device_b(b);
   run_spans(pair, operation, spans_of(device_a, device_b), by_table);
+}
+
+void run_averages_on_cuda(DtypePair pair, Form form, const std::vector<Side*>& emas, Side& b,
+                          bool by_table) {
+  const int count = static_cast<int>(emas.size());
+  std::vector<std::unique_ptr<DeviceSide>> device_emas;
+  for (Side* ema : emas) device_emas.push_back(std::make_unique<DeviceSide>(*ema));
+  const DeviceSide device_b(b);
+  std::vector<SpanOf<kAveragesSides>> spans(std::size(kSizes));
+  for (size_t i = 0; i < spans.size(); ++i) {
+    for (int k = 0; k < kMostAverages; ++k) {
+      spans[i].sides[k] = device_emas[k < count ? k : 0]->elements(i);
+    }
+    spans[i].sides[kMostAverages] = device_b.elements(i);
+    spans[i].n = kSizes[i];
+  }
+  const Listed<kAveragesSides> listed(averages_shape(pair), spans, by_table);
+  const Uploaded<double> momenta_there(kMomenta, count);
+  cuda::Momenta momenta{count, kMomenta};
+  if (by_table) momenta = {count, nullptr, momenta_there.get()};
+  check(cuda::launch_update_averages(pair, form, listed.work, momenta, nullptr));
+  check(cudaDeviceSynchronize());
 }
 
 using Run = std::function<void(DtypePair, const Operation&, Side& a, Side& b)>;
@@ -245,6 +299,57 @@ int run_all() {
   return 0;
 }
 
+// Several averages by each way, against one after the other.
+int run_averages() {
+  int64_t num_elements = 0;
+  for (int p = 0; p < kNumDtypePairs; ++p) {
+    const auto pair = static_cast<DtypePair>(p);
+    const int size_a = size_of(dtypes_of(pair).a);
+    const int size_b = size_of(dtypes_of(pair).b);
+    for (const auto& offsets : kOffsets) {
+      for (Form form : {Form::kLerp, Form::kMulAdd, Form::kTwoProducts}) {
+        for (int count = 2; count <= kMostAverages; ++count) {
+          // Where the first has no offset the others lie as it does, as a manager's do.
+          const auto make = [&](int k) {
+            return std::make_unique<Side>(size_a, offsets[0] + (offsets[0] > 0 ? k : 0), k + 1);
+          };
+          Side b(size_b, offsets[1], 9);
+          std::vector<std::unique_ptr<Side>> wanted;
+          for (int k = 0; k < count; ++k) {
+            wanted.push_back(make(k));
+            run_cpu(pair, {Kind::kUpdate, form, kMomenta[k]}, *wanted[k], b, false);
+          }
+          for (const char* way : {"generic", "avx2", "avx512", "table", "arguments"}) {
+            const std::string name = way;
+            const bool on_cuda = name == "table" || name == "arguments";
+            if (!on_cuda && !cpu::set_instruction_set(way)) continue;
+            std::vector<std::unique_ptr<Side>> emas;
+            for (int k = 0; k < count; ++k) emas.push_back(make(k));
+            if (on_cuda) {
+              std::vector<Side*> sides;
+              for (const auto& ema : emas) sides.push_back(ema.get());
+              run_averages_on_cuda(pair, form, sides, b, name == "table");
+            } else {
+              std::vector<const Side*> sides;
+              for (const auto& ema : emas) sides.push_back(ema.get());
+              run_averages_on_cpu(pair, form, sides, b);
+            }
+            for (int k = 0; k < count; ++k) {
+              for (int64_t n : kSizes) num_elements += n;
+              if (*wanted[k] == *emas[k]) continue;
+              std::printf("average %d of %d differs by %s: pair %d, form %d, offsets %d and %d\n",
+                          k, count, way, p, static_cast<int>(form), offsets[0], offsets[1]);
+              return 1;
+            }
+          }
+        }
+      }
+    }
+  }
+  std::printf("%lld elements of several averages\n", static_cast<long long>(num_elements));
+  return 0;
+}
+
 // Several callers at once, jobs so short that helpers come late for them, and chunks that throw.
 int run_threads() {
   std::atomic<int> num_wrong{0};
@@ -298,7 +403,7 @@ int shift(int by) {
 int race() {
   std::vector<float> a(4096), b(4096);
   cpu::Work work{cpu::swap_kernel(DtypePair::kFloat32Float32)};
-  const cpu::SpanTable table = cpu::make_span_table({Span{a.data(), b.data(), 4096}});
+  const cpu::SpanTable table = cpu::make_span_table({Span{{a.data(), b.data()}, 4096}});
   const TileShape shape = tile_shape(DtypePair::kFloat32Float32);
   at::parallel_for(0, 2, 1, [&](int64_t, int64_t) { cpu::run_range(table, shape, work, 0, 4096); });
   return 0;
@@ -343,7 +448,7 @@ int run_faulty(void (*kernel)(int*), int num_threads) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
-  if (what.empty()) return run_threads() + run_all();
+  if (what.empty()) return run_threads() + run_all() + run_averages();
   if (what == "overrun") return overrun();
   if (what == "shift") return shift(argc + 40);
   if (what == "race") return race();

@@ -1,0 +1,83 @@
+// ema_k = (1 - m_k) * ema_k + m_k * param, for two to four averages in one pass over the params
+#include "update.cuh"
+
+namespace fused_ema::cuda {
+namespace {
+
+static_assert(kMostAverages == 4, "UpdateAverages has four");
+
+template <Form kForm, typename A, typename B>
+struct UpdateAverages {
+  using Types = Sides<A, A, A, A, B>;
+  static constexpr int kReads = 0b11111, kWrites = 0b01111;
+  // Each thread has five vectors on their way, so that fewer threads keep the memory as busy.
+  static constexpr Walk kWalk{128, 1, 5};
+  struct Args {
+    Coefficients<Compute<A>> by_value[kMostAverages];
+    const double* momenta;
+    int count;
+  };
+  Coefficients<Compute<A>> c[kMostAverages];
+  int count;
+
+  __device__ explicit UpdateAverages(const Args& args) : count(args.count) {
+#pragma unroll
+    for (int k = 0; k < kMostAverages; ++k) {
+      const bool is_given = args.momenta == nullptr || k >= args.count;
+      c[k] =
+          is_given ? args.by_value[k] : coefficients<A, B>(args.momenta[k], AlphaRounding::kNone);
+    }
+  }
+
+  template <int kSide>
+  __device__ bool takes() const {
+    return kSide < 2 || kSide == kMostAverages || kSide < count;
+  }
+
+  __device__ void operator()(A& e0, A& e1, A& e2, A& e3, const B& param) const {
+    move<kForm>(e0, param, c[0]);
+    move<kForm>(e1, param, c[1]);
+    move<kForm>(e2, param, c[2]);
+    move<kForm>(e3, param, c[3]);
+  }
+};
+
+template <Form kForm, typename A, typename B>
+Status launch_form(const AveragesWork& work, Momenta momenta, Stream stream) {
+  using Op = UpdateAverages<kForm, A, B>;
+  typename Op::Args args{{}, momenta.device, momenta.count};
+  for (int k = 0; k < momenta.count; ++k) {
+    const double momentum = momenta.device == nullptr ? momenta.values[k] : 0.0;
+    args.by_value[k] = coefficients<A, B>(momentum, AlphaRounding::kNone);
+  }
+  return launch<Op>(work, args, stream);
+}
+
+template <typename A, typename B>
+Status launch_pair(Form form, const AveragesWork& work, Momenta momenta, Stream stream) {
+  switch (form) {
+    case Form::kLerp:
+      return launch_form<Form::kLerp, A, B>(work, momenta, stream);
+    case Form::kMulAdd:
+      return launch_form<Form::kMulAdd, A, B>(work, momenta, stream);
+    case Form::kTwoProducts:
+      return launch_form<Form::kTwoProducts, A, B>(work, momenta, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+Status launch_update_averages(DtypePair pair, Form form, const AveragesWork& work, Momenta momenta,
+                              Stream stream) {
+  switch (pair) {
+#define FUSED_EMA_CASE(name, A, B) \
+  case DtypePair::name:            \
+    return launch_pair<A, B>(form, work, momenta, stream);
+    FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fused_ema::cuda
