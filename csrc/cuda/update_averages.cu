@@ -11,7 +11,8 @@ struct UpdateAverages {
   using Types = Sides<A, A, A, A, B>;
   static constexpr int kReads = 0b11111, kWrites = 0b01111;
   // Each thread has five vectors on their way, so that fewer threads keep the memory as busy.
-  static constexpr Walk kWalk{128, 1, 5};
+  // fp64 takes more registers.
+  static constexpr Walk kWalk{128, 1, sizeof(A) == 8 ? 4 : 5};
   struct Args {
     Coefficients<Compute<A>> by_value[kMostAverages];
     const double* momenta;
@@ -23,9 +24,10 @@ struct UpdateAverages {
   __device__ explicit UpdateAverages(const Args& args) : count(args.count) {
 #pragma unroll
     for (int k = 0; k < kMostAverages; ++k) {
-      const bool is_given = args.momenta == nullptr || k >= args.count;
-      c[k] =
-          is_given ? args.by_value[k] : coefficients<A, B>(args.momenta[k], AlphaRounding::kNone);
+      c[k] = args.by_value[k];
+      if (args.momenta != nullptr && k < args.count) {
+        c[k] = coefficients<A, B>(args.momenta[k], AlphaRounding::kNone);
+      }
     }
   }
 

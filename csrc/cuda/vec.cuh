@@ -70,6 +70,8 @@ __device__ __forceinline__ void stay_as_loaded([[maybe_unused]] T& value) {
     memcpy(&bits, &value, sizeof(T));
     asm("" : "+h"(bits));
     memcpy(&value, &bits, sizeof(T));
+  } else if constexpr (std::is_same_v<T, double>) {
+    asm("" : "+d"(value));
   } else {
     uint32_t words[sizeof(T) / sizeof(uint32_t)];
     memcpy(words, &value, sizeof(T));

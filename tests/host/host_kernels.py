@@ -1,7 +1,7 @@
 """The CUDA kernels' own code on this processor: built with g++, called, and checked.
 
 As a script it checks a library that has been built, so that a wrong one may crash by itself:
-python host_kernels.py LIBRARY
+python host_kernels.py LIBRARY [averages]
 """
 
 from __future__ import annotations
@@ -50,24 +50,40 @@ MOMENTA = (0.0, 2e-4, 0.25, 0.4999999, 0.5, 0.75, 1.0)
 # ---- building
 
 
-def build(folder: Path, csrc: Path = CSRC, strict: bool = True) -> Path:
+# In the place of update_averages.cu, half of all that g++ has to compile.
+NO_AVERAGES = """#include "launch.h"
+fused_ema::cuda::Status fused_ema::cuda::launch_update_averages(
+    DtypePair, Form, const AveragesWork&, Momenta, Stream) { return 1; }
+"""
+
+
+def build(folder: Path, csrc: Path = CSRC, strict: bool = True, averages: bool = True) -> Path:
     """Compiles the files of csrc/cuda/, with the stand-in header, to a library in the folder."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
+    options = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+    ]
     # That a thread without a vector neither loads nor stores one is more than g++ can see.
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     options += warnings if strict else ["-w"]
     if platform.machine() in ("x86_64", "AMD64"):
         options += ["-mfma"]  # Otherwise each FMA is a call of libm: the same bits, slowly.
-    sources = [
-        csrc / "cuda" / f"{name}.cu" for name in ("update", "update_averages", "swap", "copy")
-    ]
+    sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
     sources += [csrc / "tiles.cpp", csrc / "cuda" / "c_api.cpp"]
     folder.mkdir(parents=True, exist_ok=True)
+    if averages:
+        sources.append(csrc / "cuda" / "update_averages.cu")
+    else:
+        sources.append(folder / "no_averages.cpp")
+        sources[-1].write_text(NO_AVERAGES)
     objects, jobs = [], []
     for source in sources:
         objects.append(str(folder / f"{source.stem}.o"))
-        command = [*compiler, *options, f"-I{HERE}", "-x", "c++"]
+        command = [*compiler, *options, f"-I{HERE}", f"-I{csrc / 'cuda'}", "-x", "c++"]
         command += ["-c", str(source), "-o", objects[-1]]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
     errors = [job.communicate()[1] for job in jobs]
@@ -271,8 +287,8 @@ def operations(momenta: Iterable[float] = MOMENTA) -> Iterator[Operation]:
         yield Operation(kind)
 
 
-def check_quickly(host: HostKernels) -> None:
-    """What finds any of the planted faults, in a second or two."""
+def check_quickly(host: HostKernels, averages: bool) -> None:
+    """What finds any of the planted faults, in a second or two; those of several averages too."""
     sizes = (0, 1, 7, 15, 16, 17, 63, 129, 511, 512, 513, 1025, 4097, 8193, 12345)
     pairs = [DTYPE_PAIRS[i] for i in (0, 1, 4)]
     for operation in operations((0.25, 0.75)):
@@ -280,16 +296,16 @@ def check_quickly(host: HostKernels) -> None:
             check(host, operation, pair, sizes, offsets, by_table)
     for by_table in (True, False):
         check(host, Operation("swap"), DTYPE_PAIRS[0], MANY_SIZES, (0, 0), by_table)
-        for offsets in ((0,) * 4, (0, 0, 1, 0)):
+        for offsets in ((0,) * 4, (0, 0, 1, 0)) if averages else ():
             check_averages(host, "lerp", 3, DTYPE_PAIRS[1], sizes, offsets, by_table)
 
 
-def verdict_on(csrc: Path, folder: Path) -> str:
+def verdict_on(csrc: Path, folder: Path, averages: bool) -> str:
     """Builds these sources and checks them in a process of their own; what it said, or nothing."""
-    library = build(folder, csrc, strict=False)
+    library = build(folder, csrc, strict=False, averages=averages)
     path = os.pathsep.join([str(CSRC.parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, __file__, str(library)],
+        [sys.executable, __file__, str(library), *["averages"] * averages],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -304,6 +320,6 @@ def verdict_on(csrc: Path, folder: Path) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     try:
-        check_quickly(HostKernels(Path(sys.argv[1])))
+        check_quickly(HostKernels(Path(sys.argv[1])), "averages" in sys.argv)
     except AssertionError as found:
         sys.exit(f"found: {found}")
