@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fused_ema import _native, _shards, _storage, ops
+from fused_ema import _native, _notes, _shards, _storage, ops
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
 from fused_ema._sources import Feed, matched, misfit, unsupported
 from fused_ema._teacher import Teacher
@@ -226,11 +226,13 @@ class Tracked:
 
     def _plan_of(self, average: int) -> Plan:
         planned = [slot for slot in self.averaged if slot.in_plan]
-        return Plan(
+        plan = Plan(
             [slot.emas[average] for slot in planned],
             [slot.source for slot in planned],
             [slot.name for slot in planned],
         )
+        _notes.plan_made(plan)
+        return plan
 
     def check_plans(self) -> None:
         """Raises what a call of any of them would raise now."""
@@ -363,6 +365,7 @@ class Tracked:
             self.members[place], slot.members = now, (now,)
             if slot.in_plan:
                 slot.in_plan = False
+                _notes.left_plan(now.name)
                 is_averaged = slot.kind == "average"
                 (self.loose if is_averaged else self.loose_copied).append(slot)
                 if is_averaged:
