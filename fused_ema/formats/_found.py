@@ -42,9 +42,9 @@ class Found:
     why: str = ""
 
     def __repr__(self) -> str:
-        facts = {"iteration": self.iteration, "num_updates": self.num_updates}
-        facts |= {"momentum": self.momentum, "epoch": self.epoch}
-        known = "".join(f", {name}={value}" for name, value in facts.items() if value is not None)
+        facts = ("iteration", "num_updates", "momentum", "epoch")
+        values = ((name, getattr(self, name)) for name in facts)
+        known = "".join(f", {name}={value}" for name, value in values if value is not None)
         raw = f", {len(self.raw):,} raw" if self.raw else ""
         return f"Found({self.format!r}, {len(self.ema):,} averages at {self.ema_at!r}{raw}{known})"
 
