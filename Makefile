@@ -31,7 +31,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 EXTRA = $(PY) -c 'import sys, tomllib; all = tomllib.load(open("pyproject.toml", "rb")); lists = all["project"]["optional-dependencies"] | all["dependency-groups"]; print(*(name for wanted in sys.argv[1:] for name in lists[wanted]), sep="\n")'
 CXX_FILES = find csrc bench tests/host tests/sanitize tests/pretend -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: bench test test-frameworks sanitize gpu-sanitize pretend-gpu build wheel docs lint format clean
+.PHONY: bench test test-frameworks sanitize gpu-sanitize pretend-gpu build wheel site docs lint format clean
 
 bench: build
 	mkdir -p $(OUT)
@@ -69,9 +69,12 @@ wheel: $(READY)
 	FUSED_EMA_BUILD=require $(PY) -m pip --quiet wheel . --no-deps --no-build-isolation --wheel-dir dist
 	$(PY) tests/installed.py dist/*.whl
 
-# The site, in build/docs; and every code block of it is run.
-docs: build $(DOCS_READY)
+# The site, in build/docs.
+site: build $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+# And every code block of it is run.
+docs: site
 	$(PY) -m pytest --quiet tests/test_docs.py
 
 lint: $(READY) $(LINT_READY)

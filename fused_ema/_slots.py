@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fused_ema import _native, _shards, _storage, ops
+from fused_ema import _native, _notes, _shards, _storage, ops
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
 from fused_ema._sources import Feed, matched, misfit, unsupported
 from fused_ema._teacher import Teacher
@@ -214,11 +214,13 @@ class Tracked:
         """
         planned = [slot for slot in self.averaged if slot.in_plan]
         emas = [[slot.emas[k] for slot in planned] for k in range(self.num_averages)]
-        return Plan(
+        plan = Plan(
             emas if self.num_averages > 1 else emas[0],
             [slot.source for slot in planned],
             [slot.name for slot in planned],
         )
+        _notes.plan_made(plan)
+        return plan
 
     def drop_plan(self) -> None:
         """It is made anew where it is wanted."""
@@ -343,6 +345,7 @@ class Tracked:
             self.members[place], slot.members = now, (now,)
             if slot.in_plan:
                 slot.in_plan = False
+                _notes.left_plan(now.name)
                 is_averaged = slot.kind == "average"
                 (self.loose if is_averaged else self.loose_copied).append(slot)
                 if is_averaged:

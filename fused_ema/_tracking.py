@@ -278,6 +278,15 @@ def _is_statistic(module: nn.Module, key: str) -> bool:
     return key in ("running_mean", "running_var") or (is_norm and key.startswith("running_"))
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model, without what is put around the whole of it."""
+    while True:
+        inner = [child for key, child in model._modules.items() if _stands_for(model, key)]
+        if not inner or inner[0] is None:
+            return model
+        model = inner[0]
+
+
 def _stands_for(module: nn.Module, key: str) -> bool:
     if key in _TRANSPARENT:
         return True

@@ -41,6 +41,9 @@ class Info:
     backends: dict[str, dict[str, str]]
     reasons: dict[str, str]
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         lines = [f"fused_ema {self.version} on torch {self.torch_version}"]
         if self.native:

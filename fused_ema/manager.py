@@ -20,6 +20,7 @@ from fused_ema import (
     _checks,
     _counters,
     _named_state,
+    _notes,
     _observed,
     _shards,
     _slots,
@@ -251,6 +252,7 @@ class EMAManager:
                 self._tracked.teacher.warn_of_stall(averages.momentum_at(0, 0), level=2)
             staged = {s.name: (s.param, s.ema) for s in self._tracked.staged}
             self._into.warn_of_stages(staged, level=2)
+        _notes.log.debug("made %r", self)
 
     def _track(
         self, op: str, old: _slots.Tracked | None = None
@@ -585,6 +587,7 @@ class EMAManager:
             tracked.check_pairs("update")
             raise
         if plan._num_refreshes != num_refreshes:
+            _notes.plan_made_anew(plan)
             tracked.lay_anew()
         if tracked.teacher is not None:
             tracked.teacher.note_update()
@@ -861,6 +864,41 @@ class EMAManager:
         )
         _shards.Shards([group[0].tensor for group in tied]).note_write()
         tree.units.note_write()
+
+    def averaged_model(self, name: str | None = None) -> nn.Module:
+        """A copy of the model that holds the ema, for export or to evaluate beside the training.
+
+        A ``copy.deepcopy`` of the model itself, without DistributedDataParallel, torch.compile or
+        the like around it. It shares no memory with the model, and no later update reaches it.
+        Hooks, what isn't tracked, ``requires_grad`` and each module's mode (training or evaluation)
+        are as they are in the model now. A manager that the model keeps as an attribute is the same
+        in the copy. To write into a model that is there already, :meth:`copy_to`.
+
+        Args:
+            name: Of the average, where there are several.
+
+        Raises:
+            ValueError: The model is sharded; as :meth:`copy_to`.
+            RuntimeError: ``copy.deepcopy`` can't copy the model.
+        """
+        title = f"{_TITLE}.averaged_model"
+        self._averages.index("averaged_model", name)
+        if self._tracked.is_sharded:
+            raise ValueError(
+                f"{title}: the model is sharded, and a copy of it would gather every average; load "
+                "full_state_dict() into a manager of an unsharded model, and copy_to() that one, "
+                "or evaluate the sharded model inside of swapped()"
+            )
+        model = _tracking.unwrapped(self._model)
+        try:
+            copied = copy.deepcopy(model, {id(self): self})
+        except Exception as error:
+            raise RuntimeError(
+                f"{title}: the {type(model).__name__} can't be copied: {error}; make another one, "
+                "and copy_to() it"
+            ) from error
+        self.copy_to(copied, name)
+        return copied
 
     # ---- when the model has changed
 

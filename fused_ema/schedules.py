@@ -6,8 +6,8 @@ has the momentum of the uninterrupted one. Pass it to
 
 A decay ``d`` of another library is ``1 - m`` here. ``M`` is the momentum that a schedule comes to
 rest at, ``i`` the iteration. Libraries that count updates instead of iterations agree with these
-functions at an interval of 1; at others, wrap them in :func:`per_update`. Schedules are partials of
-functions of this module, so they print what they are, and pickle.
+functions at an interval of 1; at others, wrap them in :func:`per_update`. Schedules print what they
+are, and pickle.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ __all__ = [
 ]
 
 
+class _Schedule(partial[float]):
+    """A function of this module and its settings."""
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.keywords.items())
+        return f"<schedules.{self.func.__name__[1:]}{': ' if settings else ''}{settings}>"
+
+
 def constant(momentum: float = 0.0002) -> Schedule:
     """``m(i) = M``.
 
@@ -54,7 +62,7 @@ def constant(momentum: float = 0.0002) -> Schedule:
         >>> constant(0.001)(7)
         0.001
     """
-    return partial(_constant, momentum=fraction("schedules.constant", "momentum", momentum))
+    return _Schedule(_constant, momentum=fraction("schedules.constant", "momentum", momentum))
 
 
 def debiased(momentum: float = 0.0002) -> Schedule:
@@ -78,7 +86,7 @@ def debiased(momentum: float = 0.0002) -> Schedule:
         (1.0, 0.6666666666666666)
     """
     checked = fraction("schedules.debiased", "momentum", momentum)
-    return partial(_debiased, momentum=positive("schedules.debiased", "momentum", checked))
+    return _Schedule(_debiased, momentum=positive("schedules.debiased", "momentum", checked))
 
 
 def _debiased(iteration: int, momentum: float) -> float:
@@ -106,7 +114,7 @@ def exponential(momentum: float = 0.0002, total_iter: float = 2000) -> Schedule:
         >>> [round(exponential()(i), 5) for i in (0, 1000, 20000)]
         [0.9995, 0.60631, 0.00025]
     """
-    return partial(
+    return _Schedule(
         _exponential,
         momentum=fraction("schedules.exponential", "momentum", momentum),
         total_iter=positive("schedules.exponential", "total_iter", total_iter),
@@ -134,7 +142,7 @@ def linear(momentum: float = 0.0002, warm_up: float = 100, interval: int = 1) ->
         >>> [linear(0.5, warm_up=4)(i) for i in range(4)]
         [0.25, 0.4, 0.5, 0.5]
     """
-    return partial(
+    return _Schedule(
         _linear,
         limit=fraction("schedules.linear", "momentum", momentum)
         ** count("schedules.linear", "interval", interval, 1),
@@ -182,7 +190,7 @@ def inverse_gamma(
             f"fused_ema.schedules.inverse_gamma: momentum is {momentum} but max_momentum is "
             f"{max_momentum}; the momentum falls from the second to the first"
         )
-    return partial(
+    return _Schedule(
         _inverse_gamma,
         low=low,
         high=high,
@@ -213,7 +221,7 @@ def ramp(momentum: float = 1e-4, warm_up: float = 10, first: int = 0) -> Schedul
     """
     if positive("schedules.ramp", "warm_up", warm_up) < 1:
         raise ValueError(f"fused_ema.schedules.ramp: warm_up is {warm_up}; it must be at least 1")
-    return partial(
+    return _Schedule(
         _ramp,
         momentum=fraction("schedules.ramp", "momentum", momentum),
         warm_up=float(warm_up),
@@ -237,7 +245,7 @@ def annealing(momentum: float = 0.0002, gamma: float = 100) -> Schedule:
         >>> [annealing()(i) for i in (0, 100, 300, 10**6)]
         [1.0, 0.5, 0.25, 0.0002]
     """
-    return partial(
+    return _Schedule(
         _annealing,
         momentum=fraction("schedules.annealing", "momentum", momentum),
         gamma=positive("schedules.annealing", "gamma", gamma),
@@ -261,7 +269,7 @@ def saturating(momentum: float = 1e-4, tau: float = 2000) -> Schedule:
         >>> [round(saturating()(i), 5) for i in (0, 2000, 50000)]
         [1.0, 0.36794, 0.0001]
     """
-    return partial(
+    return _Schedule(
         _saturating,
         momentum=fraction("schedules.saturating", "momentum", momentum),
         tau=positive("schedules.saturating", "tau", tau),
@@ -286,7 +294,7 @@ def cosine(start: float, end: float, total_iter: float) -> Schedule:
         >>> [round(cosine(0.008, 0.0, 100)(i), 6) for i in (0, 50, 100, 200)]
         [0.008, 0.004, 0.0, 0.0]
     """
-    return partial(
+    return _Schedule(
         _cosine,
         start=fraction("schedules.cosine", "start", start),
         end=fraction("schedules.cosine", "end", end),
@@ -305,7 +313,7 @@ def swa() -> Schedule:
         >>> [swa()(i) for i in range(4)]
         [1.0, 0.5, 0.3333333333333333, 0.25]
     """
-    return _swa
+    return _Schedule(_swa)
 
 
 def half_life(
@@ -345,7 +353,7 @@ def half_life(
             "fused_ema.schedules.half_life: counts_itself is a "
             f"{type(counts_itself).__name__}; pass True or False"
         )
-    return partial(
+    return _Schedule(
         _half_life,
         iterations=positive("schedules.half_life", "iterations", iterations),
         interval=count("schedules.half_life", "interval", interval, 1),
@@ -376,7 +384,7 @@ def power(std: float = 0.10, interval: int = 1) -> Schedule:
         >>> [round(power(0.10)(i), 5) for i in (0, 1, 99, 9999)]
         [1.0, 0.99592, 0.07667, 0.00079]
     """
-    return partial(
+    return _Schedule(
         _power,
         exponent=_gamma_of_std(positive("schedules.power", "std", std)) + 1,
         interval=count("schedules.power", "interval", interval, 1),
@@ -408,8 +416,8 @@ def composed(momentum: float | Schedule, interval: int) -> Schedule:
     if callable(momentum):
         schedule = _schedule(where, "momentum", momentum)
     else:
-        schedule = partial(_constant, momentum=fraction(where, "momentum", momentum))
-    return partial(_composed, schedule=schedule, interval=count(where, "interval", interval, 1))
+        schedule = _Schedule(_constant, momentum=fraction(where, "momentum", momentum))
+    return _Schedule(_composed, schedule=schedule, interval=count(where, "interval", interval, 1))
 
 
 def per_update(schedule: Schedule, interval: int = 1, begin: int = 0) -> Schedule:
@@ -432,7 +440,7 @@ def per_update(schedule: Schedule, interval: int = 1, begin: int = 0) -> Schedul
     """
     interval = count("schedules.per_update", "interval", interval, 1)
     begin = count("schedules.per_update", "begin", begin, 0)
-    return partial(
+    return _Schedule(
         _per_update,
         schedule=_schedule("schedules.per_update", "schedule", schedule),
         interval=interval,

@@ -79,6 +79,15 @@ def test_posthoc_finds_a_length_and_leaves_its_average(tmp_path, monkeypatch, ca
     assert example["loss_of"](model) == pytest.approx(losses[chosen], abs=6e-5)
 
 
+def test_the_best_of_several_averages_is_taken(one_thread):
+    example = runpy.run_path(str(ROOT / "examples" / "several_averages.py"))
+    model, losses = example["train"](steps=300)
+    assert list(losses) == ["raw", *example["AVERAGES"]]
+    best = min(losses.values())
+    assert best < 0.7 * losses["raw"]
+    assert example["loss_of"](model) == best
+
+
 @pytest.fixture
 def two():
     ranks = Ranks(2)

@@ -36,6 +36,11 @@ def test_the_table_of_versions_names_what_ci_runs():
     in_ci = {torch.partition(",")[0] for _, torch, _, what in rows if what.endswith("in CI")}
     assert in_ci == set(pins.values())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    # The Pythons that were run, and the only one that installs and wasn't.
+    pythons = {row[0] for row in rows} | set(re.findall(r"^Python (\S+) compiles", page, re.M))
+    first = min(int(python.partition(".")[2]) for python in pythons)
+    assert project["requires-python"] == f">=3.{first}"
+    assert pythons == {f"3.{minor}" for minor in range(first, first + len(pythons))}
     oldest = min(tuple(map(int, row[1].partition(",")[0].split("."))) for row in rows)
     assert project["dependencies"] == [f"torch>={oldest[0]}.{oldest[1]}"]
 

@@ -57,6 +57,8 @@ def course(shard, settings):
         pair.evaluate(f"swapped back {i}")
     assert pair.ema.num_updates == pair.want.num_updates
     assert_same(all_of(pair.ema.named_emas()), dict(pair.want.named_emas()), "gathered")
+    with pytest.raises(ValueError, match="averaged_model: the model is sharded"):
+        pair.ema.averaged_model()
     pair.ema.copy_to(pair.sharded)
     pair.want.copy_to(pair.plain)
     pair.check_model("copied to the model")

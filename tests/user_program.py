@@ -26,6 +26,7 @@ def train(steps: int = 3) -> float:
         assert_type(inside, None)
     assert_type(ema.named_emas(), Iterator[tuple[str, Tensor]])
     assert_type(ema.num_updates, int)
+    assert_type(ema.averaged_model(), torch.nn.Module)
     assert_type(ema.describe(), dict[str, str])
     assert_type(ema.state_dict(), dict[str, Any])
     missing, unexpected = ema.load_state_dict(ema.state_dict(), strict=False)

@@ -41,6 +41,13 @@ class Found:
     raw_at: str = ""
     why: str = ""
 
+    def __repr__(self) -> str:
+        facts = ("iteration", "num_updates", "momentum", "epoch")
+        values = ((name, getattr(self, name)) for name in facts)
+        known = "".join(f", {name}={value}" for name, value in values if value is not None)
+        raw = f", {len(self.raw):,} raw" if self.raw else ""
+        return f"Found({self.format!r}, {len(self.ema):,} averages at {self.ema_at!r}{raw}{known})"
+
     def averaged_model(self) -> Tensors:
         """All of the model's tensors, with the average where there is one."""
         return {**self.raw, **self.ema}

@@ -7,7 +7,9 @@ import copy
 import importlib
 import logging
 import os
+import runpy
 import warnings
+from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
@@ -797,3 +799,17 @@ def _serves_the_trainer(stage, folder):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_trainer_evaluates_saves_and_resumes(two, tmp_path, stage):
     two(on_ranks(_serves_the_trainer), stage, str(tmp_path))
+
+
+# ---- the example
+
+
+def run_the_example():
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # As in a process of its own.
+    example = Path(__file__).parents[2] / "examples" / "with_deepspeed.py"
+    raw, averaged = runpy.run_path(str(example))["train"](steps=300)
+    assert averaged < 0.8 * raw
+
+
+def test_the_example_has_a_better_average(two):
+    two(on_ranks(run_the_example))

@@ -80,7 +80,10 @@ def main() -> int:
     """Builds, then runs the module; returns its exit status."""
     module, *arguments = sys.argv[1:] or ["pytest", "-m", "cuda", "--require-cuda"]
     env = build()
-    code = "import runpy, sys, torch_on_cpu; sys.argv = sys.argv[1:]; "
+    # Pytest's workers (-n 2) are processes of their own, and load it by this variable as well.
+    first = "" if module == "pytest" else "import torch_on_cpu; "
+    env["PYTEST_PLUGINS"] = "torch_on_cpu"
+    code = f"{first}import runpy, sys; sys.argv = sys.argv[1:]; "
     code += f"runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     command = [sys.executable, "-c", code, module, *arguments]
     return subprocess.run(command, cwd=BUILT / "project", env=env).returncode
