@@ -9,6 +9,7 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -246,15 +247,65 @@ def release_mapped(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
     begin, num_bytes = storage.data_ptr(), storage.nbytes()
     if tensor.is_contiguous():  # Which may be a part of what is mapped, and is all that was read.
         begin, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    end = begin + num_bytes
-    # Of anonymous memory this would be the end.
+    if _is_in(mapped, begin, num_bytes):
+        page = mmap.PAGESIZE
+        end = (begin + num_bytes) // page * page
+        begin = -(-begin // page) * page
+        _advise(begin, end, "MADV_DONTNEED")
+
+
+def _is_in(mapped: Sequence[tuple[int, int]], begin: int, num_bytes: int) -> bool:
+    # Of anonymous memory releasing would be the end.
     i = bisect_right(mapped, begin, key=lambda range_: range_[0]) - 1
-    if i < 0 or end > mapped[i][1]:
-        return
-    page = mmap.PAGESIZE
-    begin, end = -(-begin // page) * page, end // page * page
-    advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is None or begin >= end:
-        return
+    return i >= 0 and begin + num_bytes <= mapped[i][1]
+
+
+def _advise(begin: int, end: int, advice: str) -> None:
+    """madvise(2) of whole pages."""
+    value = getattr(mmap, advice, None)
+    if value is not None and begin < end:
+        _libc().madvise(begin, end - begin, value)
+
+
+def _is_in_memory(page: int) -> bool:
+    """Whether mincore(2) says so: it takes a tenth of the time of asking for what is there."""
+    known = (ctypes.c_ubyte * 1)()
+    return _libc().mincore(page, mmap.PAGESIZE, known) == 0 and known[0] & 1 == 1
+
+
+@cache
+def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None)
-    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
+    for name, last in (("madvise", ctypes.c_int), ("mincore", ctypes.c_void_p)):
+        getattr(libc, name).argtypes = (ctypes.c_void_p, ctypes.c_size_t, last)
+    return libc
+
+
+class Reading:
+    """A contiguous tensor that is read once, from its first element on, and isn't written to.
+
+    Where it is mapped to a file, what comes next is asked for ahead, and what is through given
+    back.
+    """
+
+    def __init__(self, tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
+        self._begin, self._item = tensor.data_ptr(), tensor.element_size()
+        self._num_bytes = tensor.numel() * self._item
+        self._is_mapped = _is_in(mapped, self._begin, self._num_bytes)
+        self._released = self._page_of(0)
+
+    def _page_of(self, element: int) -> int:
+        address = self._begin + min(element * self._item, self._num_bytes)
+        return address // mmap.PAGESIZE * mmap.PAGESIZE
+
+    def is_next(self, begin: int, end: int) -> None:
+        first, last = self._page_of(begin), self._page_of(end)
+        if self._is_mapped and first < last and not _is_in_memory(last - mmap.PAGESIZE):
+            _advise(first, last, "MADV_WILLNEED")
+
+    def is_through(self, end: int) -> None:
+        # The page in which the next element lies is given back with that.
+        if self._is_mapped:
+            until = self._page_of(end)
+            _advise(self._released, until, "MADV_DONTNEED")
+            self._released = until

@@ -316,7 +316,22 @@ def test_a_weighted_sum_in_chunks(size, dtype):
     out = torch.full((size,), float("nan"), dtype=torch.float64 if dtype.itemsize == 8 else None)
     weighted_sum(out, inputs, coefficients)
     exact = sum(c * x.double() for c, x in zip(coefficients, inputs, strict=True))
-    assert torch.allclose(out.double(), exact, atol=2e-6 if out.dtype == torch.float32 else 1e-15)
+    assert torch.allclose(out.double(), exact, rtol=1e-7 if out.dtype == torch.float32 else 1e-15)
+
+
+def test_a_weighted_sum_of_several_dtypes():
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
+    inputs = [torch.tensor([1.5, -0.25, 3.0]).to(dtype) for dtype in dtypes]
+    for wide in ([], [torch.tensor([1 / 3, 1e-9, 2.0], dtype=torch.float64)]):
+        given = [*inputs, *wide]
+        coefficients = [1.0, -2.0, 4.0, 0.5, 0.25][: len(given)]
+        exact = sum(c * x.double() for c, x in zip(coefficients, given, strict=True))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            out = torch.empty(3, dtype=dtype)
+            weighted_sum(out, given, coefficients)
+            # A narrow one is rounded from fp32.
+            rounded = exact if dtype == torch.float64 else exact.float().to(dtype)
+            assert_bits_equal(out, rounded, str(dtype))
 
 
 def test_memory_stays_that_of_a_few_chunks(tmp_path):

@@ -48,7 +48,9 @@ MOMENTA = (0.0, 2e-4, 0.25, 0.4999999, 0.5, 0.75, 1.0)
 # ---- building
 
 
-def build(folder: Path, csrc: Path = CSRC, strict: bool = True) -> Path:
+def build(
+    folder: Path, csrc: Path = CSRC, strict: bool = True, sources: Sequence[Path] = ()
+) -> Path:
     """Compiles the files of csrc/cuda/, with the stand-in header, to a library in the folder."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
@@ -57,12 +59,13 @@ def build(folder: Path, csrc: Path = CSRC, strict: bool = True) -> Path:
     options += warnings if strict else ["-w"]
     if platform.machine() in ("x86_64", "AMD64"):
         options += ["-mfma"]  # Otherwise each FMA is a call of libm: the same bits, slowly.
-    sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
-    sources += [csrc / "tiles.cpp", csrc / "cuda" / "c_api.cpp"]
+    if not sources:
+        sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
+        sources = [*sources, csrc / "tiles.cpp", csrc / "cuda" / "c_api.cpp"]
     folder.mkdir(parents=True, exist_ok=True)
     objects, jobs = [], []
     for source in sources:
-        objects.append(str(folder / f"{source.stem}.o"))
+        objects.append(str(folder / f"{source.name}.o"))
         command = [*compiler, *options, f"-I{HERE}", "-x", "c++"]
         command += ["-c", str(source), "-o", objects[-1]]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
