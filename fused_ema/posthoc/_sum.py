@@ -110,8 +110,6 @@ class Sum:
         num_elements = inputs[0].numel()
         for begin in range(0, num_elements, size):
             end = min(begin + size, num_elements)
-            for reading in readings:
-                reading.is_next(end, end + size)
             yield begin, [values[begin:end] for values in inputs]
             for reading in readings:
                 reading.is_through(end)
