@@ -694,10 +694,8 @@ def test_scores_of_a_sweep(code, said, tmp_path, capsys):
     run(tmp_path / "run")
     script = tmp_path / "score.py"
     script.write_text(f"import sys; path = sys.argv[1]; {code}")
-    main(
-        ["sweep", str(tmp_path / "run"), "--std", "0.05:0.2:3"]
-        + ["--eval", f"{sys.executable} {script}"]
-    )
+    sweep = ["sweep", str(tmp_path / "run"), "--std", "0.05:0.2:3", "--eval"]
+    main([*sweep, f"{sys.executable} {script}"])
     assert said in "".join(capsys.readouterr())
 
 
