@@ -50,7 +50,7 @@ AVX512 = "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -Wno-ma
 INSTRUCTION_SETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS |= {"avx2": "-mavx2 -mfma -mf16c", "avx512": AVX512}
-KERNEL_SOURCES = ("update.cpp", "swap.cpp", "copy.cpp")
+KERNEL_SOURCES = ("update.cpp", "swap.cpp", "copy.cpp", "weighted_sum.cpp")
 
 
 def digest(files: Iterable[Path]) -> str:

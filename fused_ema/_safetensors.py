@@ -9,8 +9,9 @@ import mmap
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -246,15 +247,53 @@ def release_mapped(tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
     begin, num_bytes = storage.data_ptr(), storage.nbytes()
     if tensor.is_contiguous():  # Which may be a part of what is mapped, and is all that was read.
         begin, num_bytes = tensor.data_ptr(), tensor.numel() * tensor.element_size()
-    end = begin + num_bytes
-    # Of anonymous memory this would be the end.
+    if _is_in(mapped, begin, num_bytes):
+        page = mmap.PAGESIZE
+        end = (begin + num_bytes) // page * page
+        begin = -(-begin // page) * page
+        _release(begin, end)
+
+
+def _is_in(mapped: Sequence[tuple[int, int]], begin: int, num_bytes: int) -> bool:
+    # Of anonymous memory releasing would be the end.
     i = bisect_right(mapped, begin, key=lambda range_: range_[0]) - 1
-    if i < 0 or end > mapped[i][1]:
-        return
-    page = mmap.PAGESIZE
-    begin, end = -(-begin // page) * page, end // page * page
+    return i >= 0 and begin + num_bytes <= mapped[i][1]
+
+
+def _release(begin: int, end: int) -> None:
+    """Gives whole pages back, with madvise(2)."""
     advice = getattr(mmap, "MADV_DONTNEED", None)
-    if advice is None or begin >= end:
-        return
-    libc = ctypes.CDLL(None)
-    libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), ctypes.c_int(advice))
+    if advice is not None and begin < end:
+        _madvise()(begin, end - begin, advice)
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return cast(Callable[[int, int, int], int], function)
+
+
+class Reading:
+    """A contiguous tensor that is read once, from its first element on, and isn't written to.
+
+    Where it is mapped to a file, the memory of what is through is given back. The system reads
+    ahead by itself: asked to (MADV_WILLNEED), it read from a disk at a third of the speed.
+    """
+
+    def __init__(self, tensor: Tensor, mapped: Sequence[tuple[int, int]]) -> None:
+        self._begin, self._item = tensor.data_ptr(), tensor.element_size()
+        num_bytes = tensor.numel() * self._item
+        self._is_mapped = _is_in(mapped, self._begin, num_bytes)
+        self._released = self._page_of(0)
+
+    def _page_of(self, element: int) -> int:
+        return (self._begin + element * self._item) // mmap.PAGESIZE * mmap.PAGESIZE
+
+    def is_through(self, end: int) -> None:
+        """All before that element has been read."""
+        if self._is_mapped:
+            # The page in which that element lies is given back with what follows.
+            until = self._page_of(end)
+            _release(self._released, until)
+            self._released = until

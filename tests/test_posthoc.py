@@ -15,7 +15,15 @@ from torch import nn
 from units import NUM, Unit, manager, trained
 
 from fused_ema import EMAManager, posthoc, schedules, state
-from fused_ema.posthoc._profiles import Halving, Kept, Momenta, Power, Window, inner
+from fused_ema.posthoc._profiles import (
+    Halving,
+    Kept,
+    Momenta,
+    Power,
+    Window,
+    inner,
+    std_of_gamma,
+)
 from fused_ema.posthoc._solve import solve
 from fused_ema.testing import assert_bits_equal
 
@@ -111,8 +119,16 @@ def test_momenta_of_one_iteration_at_other_intervals(interval, expected):
     mean = masses @ middles
     std = (masses @ (middles - mean) ** 2).sqrt() / num
     assert float(std) == pytest.approx(expected, abs=0.005)
+    if interval == 100:  # The first five updates keep a third, so early are they large.
+        assert float(masses[:500].sum()) == pytest.approx(0.33, abs=0.005)
     right = Momenta(schedules.power(0.05, interval), interval, 0).at(num)
     assert right == Power(GAMMA(0.05), num)
+
+
+def test_widths_and_exponents():
+    """Of EDM2's table, and where all iterations weigh the same."""
+    assert [round(GAMMA(std), 2) for std in (0.05, 0.10)] == [16.97, 6.94]
+    assert std_of_gamma(0.0) == pytest.approx(0.289, abs=5e-4)
 
 
 def test_inner_products_of_powers_against_integrals():
@@ -156,6 +172,29 @@ def test_errors_by_number_and_profile(stds, num, std, error):
     found = solve(powers(stds, num), Power(GAMMA(std), 100_000))
     assert found.error == pytest.approx(error, rel=0.03)
     assert math.isclose(sum(found.coefficients), 1, rel_tol=1e-9)
+
+
+def test_three_averages_serve_a_range_of_widths():
+    own = powers((0.04, 0.08, 0.16), 16)
+    errors = [solve(own, Power(GAMMA(std), 100_000)).error for std in (0.05, 0.075, 0.1, 0.15, 0.2)]
+    assert min(errors) > 2e-5
+    assert max(errors) == pytest.approx(1e-3, rel=0.05)
+
+
+@pytest.mark.parametrize(("num", "std"), [(32, 0.03), (64, 0.02)])
+def test_narrow_targets_have_large_coefficients(num, std):
+    """By which the files' rounding grows: fp16 would add a percent, fp32 nothing."""
+    found = solve(powers((0.05, 0.10), num), Power(GAMMA(std), 100_000))
+    assert 10 < found.norm < 40
+
+
+@pytest.mark.parametrize(
+    ("stds", "num"), [((0.05, 0.10), 16), ((0.05, 0.10), 64), ((0.04, 0.08, 0.16), 32)]
+)
+def test_a_double_is_enough_for_the_system(stds, num):
+    products = inner(powers(stds, num))
+    scale = products.diagonal().sqrt()
+    assert 1e2 < float(torch.linalg.cond(products / scale / scale[:, None])) < 3e7
 
 
 @pytest.mark.parametrize(

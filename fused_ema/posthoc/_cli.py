@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import re
 import shlex
 import subprocess
@@ -21,7 +22,7 @@ from fused_ema.posthoc import _files, _reconstruct
 from fused_ema.posthoc._profiles import Power, Window, std_of_gamma
 
 _STDS = (0.02, 0.03, 0.05, 0.075, 0.10, 0.15, 0.20)
-_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|(?i:\b(?:nan|inf|infinity)\b))")
 
 
 def add_commands(commands: Any) -> None:
@@ -160,7 +161,10 @@ def _sweep_command(args: argparse.Namespace) -> None:
             path.unlink()
             scores.append(score)
             print(f"{std:>8g}  {result.error:>8.2g}  {score:g}", flush=True)
-    best = min(scores) if args.lower_is_better else max(scores)
+    finite = [score for score in scores if math.isfinite(score)]
+    if not finite:
+        raise FormatError("--eval: no score is a finite number")
+    best = min(finite) if args.lower_is_better else max(finite)
     std = args.std[scores.index(best)]
     print(f"best: std {std:g}, {best:g}")
     if std in (args.std[0], args.std[-1]):
@@ -182,7 +186,8 @@ def _score(command: str, path: Path) -> float:
             f"--eval: '{called[0]}' ended with status {done.returncode}: "
             f"{lines[-1] if lines else 'it said nothing'}"
         )
-    numbers = _NUMBER.findall(done.stdout)
+    # The file's name has numbers of its own.
+    numbers = _NUMBER.findall(done.stdout.replace(str(path), ""))
     if not numbers:
         raise FormatError(f"--eval: '{called[0]}' printed no number: {done.stdout.strip()[:80]!r}")
     return float(numbers[-1])

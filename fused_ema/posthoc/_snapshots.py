@@ -223,6 +223,9 @@ class Snapshots:
         self._is_begun = True
 
     def _take_folder(self, iteration: int) -> None:
+        # What saves that were killed have left; each of the size of a model.
+        for path in self._folder.glob(".[0-9]*.safetensors.*.tmp"):
+            path.unlink(missing_ok=True)
         heads = _files.heads(self._folder)
         runs = {head.run for head in heads}
         if self._run is None and len(runs) == 1 and iteration > 1:
@@ -297,13 +300,14 @@ class Snapshots:
                     pass
             return path
         treatments = average.manager.describe()
+        averaged = [name for name in emas if treatments[name].startswith("averaged")]
         head = {
             "version": _files.VERSION,
             "run": self._run,
             "average": average.name,
             "iteration": iteration,
             "interval": average.manager._interval,
-            "dtype": dtype_name(self._dtype),
+            "dtype": dtype_name(self._precision([emas[name] for name in averaged])),
             "profile": profile.to_json(),
         }
         metadata = {
@@ -313,12 +317,16 @@ class Snapshots:
             "fused_ema.num_updates": str(average.manager.num_updates),
             _files.KEY: json.dumps(head),
         }
-        averaged = [name for name in emas if treatments[name].startswith("averaged")]
         if len(averaged) < len(emas):
             metadata["fused_ema.averaged"] = json.dumps(averaged)
         with Replacing(path) as file:
             _safetensors.write_stream(file, layouts, metadata, chunks)
         return path
+
+    def _precision(self, emas: Iterable[Tensor]) -> torch.dtype:
+        """Of what is written: an average that is kept in bfloat16 is no better in a wider file."""
+        dtypes = {self._dtype, *(ema.dtype for ema in emas)}
+        return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _drop(self) -> None:
         """Removes what the rule doesn't keep."""

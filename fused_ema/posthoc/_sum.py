@@ -10,16 +10,13 @@ from torch import Tensor, nn
 
 from fused_ema import _checks, _safetensors, _shards, _tracking
 from fused_ema._format_errors import FormatError
+from fused_ema._weighted_sum import INPUT_DTYPES, weighted_sum_
 from fused_ema.manager import EMAManager
 from fused_ema.posthoc._files import READ, Snapshot
 
-# So small that the sum stays in the first caches, and just below where torch shares an operation
-# out to threads, whose hand-over takes longer.
-_CHUNK = (1 << 15) - 64
-# A launch is to be worth its while.
-_CHUNK_OF_ACCELERATOR = 1 << 22
-# After so many elements what was read is given back to the system: 1 MB of each file.
-_BLOCK = 8 * _CHUNK
+# What is read of each file before it is given back to the system, in bytes. More is little faster,
+# a quarter slower by a third.
+_BLOCK_BYTES = 2 << 20
 
 Progress = Callable[[int, int], None]
 
@@ -30,25 +27,29 @@ def weighted_sum(
     coefficients: Sequence[float],
     device: torch.device | None = None,
 ) -> None:
-    """``out = sum of coefficients[k] * inputs[k]``, computed in fp32, or fp64 where out is.
+    """``out = sum of coefficients[k] * inputs[k]``, in double, rounded to fp32 or fp64 once.
 
     Args:
-        out: 1-D and contiguous.
+        out: 1-D and contiguous, of any floating-point dtype; a narrower one rounds what fp32 has.
         inputs: As many elements each, of any floating-point dtype, on the CPU.
         coefficients: One for each.
         device: Where it is computed; None for out's.
     """
     device = out.device if device is None else device
-    size = _CHUNK if device.type == "cpu" else _CHUNK_OF_ACCELERATOR
-    dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
-    total = torch.empty(min(size, out.numel()), dtype=dtype, device=device)
-    for begin in range(0, out.numel(), size):
-        part = out[begin : begin + size]
-        sums = total[: part.numel()].zero_()
-        for values, coefficient in zip(inputs, coefficients, strict=True):
-            chunk = values[begin : begin + size]
-            sums.add_(chunk if device.type == "cpu" else chunk.to(device), alpha=coefficient)
-        part.copy_(sums)
+    dtypes = {values.dtype for values in inputs}
+    if len(dtypes) > 1 or not dtypes <= set(INPUT_DTYPES):
+        wide = torch.float64 if torch.float64 in dtypes else torch.float32
+        inputs = [values.to(wide) for values in inputs]
+    if out.dtype in (torch.float32, torch.float64) and out.device == device:
+        total = out.zero_()
+    else:
+        dtype = torch.float64 if out.dtype == torch.float64 else torch.float32
+        total = torch.zeros(out.shape, dtype=dtype, device=device)
+    if device.type != "cpu":
+        inputs = [values.to(device) for values in inputs]
+    weighted_sum_(total, inputs, coefficients)
+    if total is not out:
+        out.copy_(total)
 
 
 class Sum:
@@ -96,23 +97,29 @@ class Sum:
             return self._dtype
         return torch.float64 if own == torch.float64 else torch.float32
 
-    def _flat(self, name: str) -> list[Tensor]:
-        return [tensors[name].reshape(-1) for tensors in self._inputs]
-
     def _is_through(self, num_elements: int) -> None:
         self._num_done += num_elements
         if self._progress is not None:
             self._progress(self._num_done, self._num_all)
 
-    def _fill(self, out: Tensor, inputs: Sequence[Tensor]) -> None:
+    def _blocks(self, name: str) -> Iterator[tuple[int, list[Tensor]]]:
+        """Where each block begins, and its values in all inputs, which are given back after it."""
+        inputs = [tensors[name].reshape(-1) for tensors in self._inputs]
+        readings = [_safetensors.Reading(values, self._mapped) for values in inputs]
+        size = _BLOCK_BYTES // max(values.element_size() for values in inputs)
+        num_elements = inputs[0].numel()
+        for begin in range(0, num_elements, size):
+            end = min(begin + size, num_elements)
+            yield begin, [values[begin:end] for values in inputs]
+            for reading in readings:
+                reading.is_through(end)
+            self._is_through(end - begin)
+
+    def _fill(self, out: Tensor, name: str) -> None:
         """Fills a flat tensor, a block at a time."""
-        for begin in range(0, out.numel(), _BLOCK):
-            part = out[begin : begin + _BLOCK]
-            read = [values[begin : begin + _BLOCK] for values in inputs]
-            weighted_sum(part, read, self._coefficients, self._device)
-            for values in read:
-                _safetensors.release_mapped(values, self._mapped)
-            self._is_through(part.numel())
+        for begin, inputs in self._blocks(name):
+            part = out[begin : begin + inputs[0].numel()]
+            weighted_sum(part, inputs, self._coefficients, self._device)
 
     @torch.no_grad()
     def write_to(self, out: Tensor, name: str) -> None:
@@ -121,10 +128,10 @@ class Sum:
             out.copy_(self._last.tensors[name])
             self._is_through(out.numel())
         elif out.is_contiguous():
-            self._fill(out.view(-1), self._flat(name))
+            self._fill(out.view(-1), name)
         else:
             whole = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-            self._fill(whole.view(-1), self._flat(name))
+            self._fill(whole.view(-1), name)
             out.copy_(whole)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
@@ -134,12 +141,10 @@ class Sum:
             yield from _safetensors.chunks_of(last)
             self._is_through(last.numel())
             return
-        flat = self._flat(name)
-        block = torch.empty(min(_BLOCK, last.numel()), dtype=self.dtype_of(name))
-        for begin in range(0, last.numel(), _BLOCK):
-            inputs = [values[begin : begin + _BLOCK] for values in flat]
-            out = block[: inputs[0].numel()]
-            self._fill(out, inputs)
+        block = torch.empty(0, dtype=self.dtype_of(name))
+        for _, inputs in self._blocks(name):
+            out = block.resize_(inputs[0].shape)
+            weighted_sum(out, inputs, self._coefficients, self._device)
             yield from _safetensors.chunks_of(out)
 
     def values(self) -> dict[str, Tensor]:

@@ -57,32 +57,36 @@ fused_ema::cuda::Status fused_ema::cuda::launch_update_averages(
 """
 
 
-def build(folder: Path, csrc: Path = CSRC, strict: bool = True, averages: bool = True) -> Path:
-    """Compiles the files of csrc/cuda/, with the stand-in header, to a library in the folder."""
+def sources_of(folder: Path, csrc: Path, averages: bool) -> list[Path]:
+    """Of the library that HostKernels calls; without averages these can't be called."""
+    sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
+    sources += [csrc / "tiles.cpp", csrc / "cuda" / "c_api.cpp"]
+    if averages:
+        return [*sources, csrc / "cuda" / "update_averages.cu"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "no_averages.cpp").write_text(NO_AVERAGES)
+    return [*sources, folder / "no_averages.cpp"]
+
+
+def build(
+    folder: Path,
+    csrc: Path = CSRC,
+    strict: bool = True,
+    averages: bool = True,
+    sources: Sequence[Path] = (),
+) -> Path:
+    """Compiles files of csrc/cuda/, with the stand-in header, to a library in the folder."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
-    options = [
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-    ]
+    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing"]
     # That a thread without a vector neither loads nor stores one is more than g++ can see.
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     options += warnings if strict else ["-w"]
     if platform.machine() in ("x86_64", "AMD64"):
         options += ["-mfma"]  # Otherwise each FMA is a call of libm: the same bits, slowly.
-    sources = [csrc / "cuda" / f"{name}.cu" for name in ("update", "swap", "copy")]
-    sources += [csrc / "tiles.cpp", csrc / "cuda" / "c_api.cpp"]
     folder.mkdir(parents=True, exist_ok=True)
-    if averages:
-        sources.append(csrc / "cuda" / "update_averages.cu")
-    else:
-        sources.append(folder / "no_averages.cpp")
-        sources[-1].write_text(NO_AVERAGES)
     objects, jobs = [], []
-    for source in sources:
-        objects.append(str(folder / f"{source.stem}.o"))
+    for source in sources or sources_of(folder, csrc, averages):
+        objects.append(str(folder / f"{source.name}.o"))
         command = [*compiler, *options, f"-I{HERE}", f"-I{csrc / 'cuda'}", "-x", "c++"]
         command += ["-c", str(source), "-o", objects[-1]]
         jobs.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))

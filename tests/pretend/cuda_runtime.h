@@ -20,7 +20,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
-inline thread_local dim3 blockIdx, threadIdx;
+inline thread_local dim3 gridDim, blockIdx, threadIdx;
 
 extern "C" void pretend_launch(cudaStream_t stream, std::function<void()>* work);
 
@@ -34,6 +34,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   auto kept = std::make_shared<std::tuple<Arguments...>>(arguments...);
   const dim3 grid = config->gridDim, block = config->blockDim;
   pretend_launch(config->stream, new std::function<void()>([=] {
+                   gridDim = grid;
                    for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
                      for (threadIdx.x = 0; threadIdx.x < block.x; ++threadIdx.x)
                        std::apply(kernel, *kept);

@@ -19,7 +19,9 @@
 #include <thread>
 
 #include "../../csrc/cpu/launch.h"
+#include "../../csrc/cpu/weighted_sum.h"
 #include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/weighted_sum.h"
 #include "../../csrc/parallel.h"
 
 using namespace fused_ema;
@@ -350,6 +352,72 @@ int run_averages() {
   return 0;
 }
 
+// The weighted sum, of inputs that each end where their allocation does.
+int run_sums(Dtype out_dtype, Dtype dtype) {
+  constexpr int kNum = 11;  // more than go side by side
+  std::vector<Side*> inputs;
+  for (int k = 0; k < kNum; ++k) inputs.push_back(new Side(size_of(dtype), k % 3, 10 + k));
+  const auto sum_of = [&](void* out, size_t i, const auto& address) {
+    WeightedSum sum{out, kSizes[i], kNum, {}, {}};
+    for (int k = 0; k < kNum; ++k) {
+      sum.inputs[k] = address(k);
+      sum.weights[k] = 0.3 * k - 1.0;
+    }
+    return sum;
+  };
+  Side expected(size_of(out_dtype), 1, 1);
+  bool is_first = true;
+  int status = 0;
+  for (const char* name : {"generic", "avx2", "avx512", "CUDA"}) {
+    const bool on_device = std::strcmp(name, "CUDA") == 0;
+    if (!on_device && !cpu::set_instruction_set(name)) continue;
+    Side found(size_of(out_dtype), 1, 1);
+    if (on_device) {
+      const DeviceSide out(found);
+      std::vector<DeviceSide*> there;
+      for (Side* input : inputs) there.push_back(new DeviceSide(*input));
+      for (size_t i = 0; i < std::size(kSizes); ++i) {
+        const auto sum = sum_of(out.elements(i), i, [&](int k) { return there[k]->elements(i); });
+        check(cuda::launch_weighted_sum(out_dtype, dtype, sum, nullptr));
+      }
+      check(cudaDeviceSynchronize());
+      for (DeviceSide* side : there) delete side;
+    } else {
+      for (size_t i = 0; i < std::size(kSizes); ++i) {
+        const auto sum =
+            sum_of(found.elements(i), i, [&](int k) { return inputs[k]->elements(i); });
+        const cpu::SumKernel kernel = cpu::sum_kernel(out_dtype, dtype);
+        parallel_chunks(Threads::kAll, sum.n, 1 << 10,
+                        [&](int64_t begin, int64_t end) { kernel(sum, begin, end); });
+      }
+    }
+    Side& wanted = is_first ? found : expected;
+    if (!(found == wanted)) {
+      std::printf("weighted sums of %s differ: dtypes %d and %d\n", name,
+                  static_cast<int>(out_dtype), static_cast<int>(dtype));
+      status = 1;
+    }
+    if (is_first) {
+      for (size_t i = 0; i < std::size(kSizes); ++i) {
+        if (found.bytes(i) > 0) {
+          std::memcpy(expected.elements(i), found.elements(i), found.bytes(i));
+        }
+      }
+    }
+    is_first = false;
+  }
+  for (Side* input : inputs) delete input;
+  return status;
+}
+
+int run_all_sums() {
+  int status = 0;
+#define FUSED_EMA_CASE(Out, In) status |= run_sums(DtypeOf<Out>::value, DtypeOf<In>::value);
+  FUSED_EMA_FOR_EACH_SUM(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  return status;
+}
+
 // Several callers at once, jobs so short that helpers come late for them, and chunks that throw.
 int run_threads() {
   std::atomic<int> num_wrong{0};
@@ -448,7 +516,7 @@ int run_faulty(void (*kernel)(int*), int num_threads) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
-  if (what.empty()) return run_threads() + run_all() + run_averages();
+  if (what.empty()) return run_threads() + run_all() + run_averages() + run_all_sums();
   if (what == "overrun") return overrun();
   if (what == "shift") return shift(argc + 40);
   if (what == "race") return race();
