@@ -28,6 +28,10 @@ class Plan {
   void copy_to_params();
   // Raises what any of these would raise now.
   void check();
+  // Whether every tensor is where it was.
+  bool is_current();
+  // The update where they are; elsewhere false, and nothing is done.
+  bool update_if_current(const Operation& operation);
 
   struct GroupFacts {
     std::string backend;

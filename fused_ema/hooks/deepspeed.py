@@ -523,7 +523,12 @@ class EngineEMA:
 
     def _update(self) -> None:
         # Where there is a master a parameter, to ask each takes longer than the update.
-        self._refuse_if_away("update", ask_each=not self._held.one_a_param)
+        if (
+            self._is_closed
+            or getattr(self._engine.optimizer, "offloaded_states", None)
+            or not self._held.one_a_param
+        ):
+            self._refuse_if_away("update", ask_each=not self._held.one_a_param)
         self._manager.update()
 
     def _refuse_if_away(self, op: str, ask_each: bool = True) -> None:
