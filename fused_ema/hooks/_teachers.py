@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import weakref
@@ -170,6 +171,13 @@ def modules_of(*lists: Iterable[Tensor]) -> list[nn.Module] | None:
     """
     modules = []
     for params in lists:
+        if type(params) is GeneratorType and params.gi_code is _code:
+            # Arguments come last, before what a generator that has begun has more: without making
+            # a frame object, which takes as long as the update of 50 tensors.
+            found = gc.get_referents(params)
+            if found[-1] is True and isinstance(found[-2], nn.Module):
+                modules.append(found[-2])
+                continue
         if (
             not isinstance(params, GeneratorType)
             or params.gi_code is not _code
