@@ -60,9 +60,7 @@ def repeat(
         return None
     if shards is not None and shards[0] is None:
         return None
-    return Repeat(
-        plan._plan, copies, form, *between, tuple(trees), shards, tuple(frozen), noted
-    )
+    return Repeat(plan._plan, copies, form, *between, tuple(trees), shards, tuple(frozen), noted)
 
 
 make_again: Any = getattr(_native.C, "update_if_unchanged", None)
