@@ -141,9 +141,13 @@ def test_what_is_an_error_stays_one(answers, change, message):
 def test_one_added_to_an_empty_module_is_noticed_in_its_turn(answers):
     ema, model, _ = made(into=False)
     model.body[2].extra = nn.Parameter(torch.zeros(1))
-    with pytest.raises(RuntimeError, match=r"'body\.2\.extra' is new"):
+
+    def eight_updates():
         for _ in range(8):
             ema.update()
+
+    with pytest.raises(RuntimeError, match=r"'body\.2\.extra' is new"):
+        eight_updates()
 
 
 def test_while_another_manager_is_swapped_nothing_is_repeated(answers):
