@@ -94,7 +94,7 @@ class EngineEMA:
         _averages.refuse_several(_TITLE, momentum)
         self._engine = engine
         self._held = _deepspeed.held_by(engine)
-        self._is_closed = self._held.is_closed()
+        self._is_closed = self._held.is_closed() or _engine_calls.is_closed(engine)
         self._refuse_if_away("")
         self._params = _deepspeed.params_of(engine, self._held)
         self._masters = self._held.masters()

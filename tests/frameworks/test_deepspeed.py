@@ -597,7 +597,7 @@ def _refuses_engines():
     layers = deepspeed.pipe.PipelineModule([nn.Linear(3, 3)], num_stages=1, loss_fn=nn.MSELoss())
     with pytest.raises(ValueError, match="a pipeline"):
         EngineEMA(engine_of(1, model=layers))
-    for stage in (1, 2, 3):
+    for stage in (0, 1, 2, 3):
         engine = engine_of(stage, "bf16")
         ema = EngineEMA(engine)
         engine.destroy()
