@@ -307,9 +307,9 @@ class Tracked:
         more = self.feed, self.staged, self.loose, self.loose_copied, self.tied
         if self.num_averages > 1 or any(more) or (copies is None and self.copied):
             return None
-        trees, noted, between = [self.tree.watched], None, (0.0, 1.0)
+        trees, between = [self.tree.watched], (0.0, 1.0)
+        noted = None if self.teacher is None else self.teacher.watched
         if self.teacher is not None:
-            noted = self.teacher.watched
             if noted is None:
                 return None
             trees.append(self.teacher.tree.watched)
