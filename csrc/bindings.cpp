@@ -10,6 +10,7 @@
 #include "parallel.h"
 #include "plan.h"
 #include "records.h"
+#include "repeat.h"
 #ifdef FUSED_EMA_WITH_CUDA
 #include "cuda/launch.h"
 #endif
@@ -337,6 +338,7 @@ PYBIND11_MODULE(_C, m) {
     if (same == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::bool_>(same);
   });
+  m.def("update_if_unchanged", &update_if_unchanged);
   m.def("service_of", [](const std::string& device) {
     const Service service = service_of(at::Device(device));
     return py::make_tuple(service.backend, service.reason);

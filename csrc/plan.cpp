@@ -218,6 +218,19 @@ void Plan::check() {
   if (is_stale()) refresh();
 }
 
+bool Plan::is_current() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return !is_stale();
+}
+
+bool Plan::update_if_current(const Operation& operation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (is_stale()) return false;
+  run(state_->groups, operation);
+  ++num_runs_;
+  return true;
+}
+
 void Plan::update(const Operation& operation) {
   TORCH_CHECK(!signature_.moves_bits, "fused_ema.Plan: this one only moves values");
   run_checked(operation);

@@ -29,6 +29,10 @@ class Plan {
   int num_averages() const { return lists_->num_averages(); }
   // Raises what any of these would raise now.
   void check();
+  // Whether every tensor is where it was.
+  bool is_current();
+  // The update where they are; elsewhere false, and nothing is done.
+  bool update_if_current(const Operation& operation);
 
   struct GroupFacts {
     std::string backend;

@@ -6,6 +6,11 @@ import torch
 from torch.nn.utils import parametrize
 
 
+def keep_computed() -> bool:
+    """Whether torch.nn.utils.parametrize.cached() is on."""
+    return parametrize._cache_enabled > 0
+
+
 def drop() -> None:
     """Drops it, since the values were just written in place.
 

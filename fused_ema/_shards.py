@@ -199,6 +199,11 @@ class Shards:
             return bool(_native.C.slots_hold(self._slot, self._dtensors, self._shards))
         return not any(map(is_not, map(_shard_of, self._dtensors), self._shards))
 
+    @property
+    def watched(self) -> tuple[object, ...] | None:
+        """What are_current() asks, as csrc/repeat.cpp takes it; None where there is nothing."""
+        return (self._slot, self._dtensors, self._shards) if self._dtensors else None
+
     def note_write(self) -> None:
         """Makes a backward notice that shards were written: they count for themselves only."""
         if self._counted:

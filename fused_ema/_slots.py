@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fused_ema import _native, _notes, _shards, _storage, ops
+from fused_ema import _native, _notes, _repeat, _shards, _storage, ops
 from fused_ema._foreach import DTYPE_PAIRS, dtype_name, has_plain_memory, is_dense
 from fused_ema._sources import Feed, matched, misfit, unsupported
 from fused_ema._teacher import Teacher
@@ -179,6 +180,8 @@ class Tracked:
         self.feed = feed
         self.num_averages = len(slots[0].emas) if slots else 1
         self._given_shards = _shards.Shards([s.given for s in slots if s.given is not None])
+        # What repeatable() has found after an update; None again once it may be otherwise.
+        self.repeated: _repeat.Repeat | None = None
 
     def is_current(self) -> bool:
         """Whether the model still has the very tensors, and those their shards."""
@@ -224,6 +227,7 @@ class Tracked:
 
     def drop_plan(self) -> None:
         """It is made anew where it is wanted."""
+        self.repeated = None
         self.__dict__.pop("plan", None)
 
     @cached_property
@@ -240,6 +244,7 @@ class Tracked:
             return None
 
     def _leave_copies_to_torch(self) -> None:
+        self.repeated = None
         for slot in self.copied:
             slot.in_plan = False
         self.loose_copied = self.copied
@@ -274,6 +279,37 @@ class Tracked:
         late = [slot for slot in loose if slot not in early] if early else loose
         if late:
             _storage.copy([slot.ema for slot in late], [slot.param for slot in late])
+
+    def repeatable(self, form: Form, frozen: Sequence[Tensor]) -> _repeat.Repeat | None:
+        """The same update as one call; None where it has more to do than its plans, or to ask.
+
+        Args:
+            form: Of the updates.
+            frozen: Tensors that aren't tracked because they require no gradient.
+        """
+        copies = self._copies
+        more = self.feed, self.staged, self.loose, self.loose_copied, self.tied
+        if self.num_averages > 1 or any(more) or (copies is None and self.copied):
+            return None
+        trees, between = [self.tree.watched], (0.0, 1.0)
+        noted = None if self.teacher is None else self.teacher.watched
+        if self.teacher is not None:
+            if noted is None:
+                return None
+            trees.append(self.teacher.tree.watched)
+            # Both ends have a meaning of their own.
+            least = max(self.teacher.least_momentum, math.ulp(0.0))
+            between = least, math.nextafter(1.0, 0.0)
+        return _repeat.repeat(
+            self.plan,
+            copies,
+            form,
+            trees,
+            between=between,
+            shards=self.shards.watched,
+            frozen=frozen,
+            noted=noted,
+        )
 
     def _checked_copies(self) -> Any:
         copies = self._copies
@@ -341,6 +377,7 @@ class Tracked:
                     return False
                 check_memory(op, now)
             changes.append((place, slot, now))
+        self.repeated = None
         for place, slot, now in changes:
             self.members[place], slot.members = now, (now,)
             if slot.in_plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,9 @@ _HALF_ULP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 _LARGEST_HALF_ULP = max(_HALF_ULP.values())
 
+# Which parameter has its turn, whether its version was noted, and that.
+_NOTE = struct.Struct("=qqq")
+
 
 class Teacher:
     """The teacher as it was read, beside a student.
@@ -51,10 +55,8 @@ class Teacher:
         self._shards = _shards.Shards([])
         self._is_sharded = False
         self._params: list[Tensor] = []
-        # One of them, and the version that it had after the last update.
-        self._seen: Tensor | None = None
-        self._version = 0
-        self._turn = 0
+        # Of one of them the version after the last update; csrc/repeat.cpp reads and writes it.
+        self._note = bytearray(_NOTE.size)
 
     def pair(
         self,
@@ -136,8 +138,9 @@ class Teacher:
         """
         if self._is_sharded:
             self.tree.units.reshard(f"{TITLE}.update")
-        if self._seen is not None and self._seen._version != self._version:
-            self._warn_of_write(self._seen)
+        turn, is_seen, version = _NOTE.unpack(self._note)
+        if is_seen and self._params[turn]._version != version:
+            self._warn_of_write(self._params[turn])
         if momentum is not None and momentum < _LARGEST_HALF_ULP:
             self.warn_of_stall(momentum, level=4)
 
@@ -180,17 +183,28 @@ class Teacher:
         self.note_write()
         # In turns: an optimizer writes all that it has, and to look at 500 takes 20 us.
         if self._params:
-            self._turn = (self._turn + 1) % len(self._params)
-            self._seen = self._params[self._turn]
-            self._version = self._seen._version
+            turn = (_NOTE.unpack(self._note)[0] + 1) % len(self._params)
+            _NOTE.pack_into(self._note, 0, turn, True, self._params[turn]._version)
+
+    @property
+    def watched(self) -> tuple[object, ...] | None:
+        """What prepare() and note_update() look at, as csrc/repeat.cpp takes it; None for more."""
+        return None if self._is_sharded else (tuple(self._params), self._note)
+
+    @property
+    def least_momentum(self) -> float:
+        """From which on prepare() has nothing to say of a momentum."""
+        narrow = {tensor.dtype for tensor in self._params} & {*_HALF_ULP}
+        return _LARGEST_HALF_ULP if narrow and not self._into.has_warned_of_stall else 0.0
 
     def forget(self) -> None:
         """What is written up to the next update is the user's affair."""
-        self._seen = None
+        turn, _, version = _NOTE.unpack(self._note)
+        _NOTE.pack_into(self._note, 0, turn, False, version)
 
     def note_write(self) -> None:
         """To be called after each write to the teacher."""
-        self._seen = None
+        self.forget()
         if self._is_sharded:
             self._shards.note_write()
             self.tree.units.note_write()

@@ -70,6 +70,11 @@ class Watch:
             return changed
         return [i for i, owned in enumerate(self.dicts) if not _holds(owned, self.held[i])]
 
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """What C takes."""
+        return self.dicts, self.held, self.versions
+
     def pass_over(self, index: int, position: int) -> None:
         """Takes any value from now on under one of the keys that a dict had."""
         self.held[index][2 * position + 1] = ...
@@ -126,7 +131,8 @@ class Tree:
             Watch(tuple(turn), tuple([] for _ in turn))
             for turn in (empty[turn::NUM_TURNS] for turn in range(NUM_TURNS))
         ]
-        self._turn = 0
+        # The latest turn, as csrc/repeat.cpp takes it.
+        self._turn = bytearray(1)
         self._changed: list[int] = []
         # The watches pass over them: these are asked one by one.
         self._moving: list[_Moving] = []
@@ -147,11 +153,21 @@ class Tree:
         A tensor or child replaced, removed or added beside others is noticed at once; one in a dict
         that was empty within NUM_TURNS calls.
         """
-        self._turn = (self._turn + 1) % NUM_TURNS
+        turn = self._turn[0] = (self._turn[0] + 1) % NUM_TURNS
         self._changed = self._filled.changed()
-        if self._changed or self._empty[self._turn].changed():
+        if self._changed or self._empty[turn].changed():
             return False
         return not self._moving or not any(place.has_changed() for place in self._moving)
+
+    @property
+    def watched(self) -> tuple[object, ...] | None:
+        """What is_current_so_far() asks, as update_if_unchanged() of csrc/repeat.cpp takes it.
+
+        None where it doesn't tell all: some buffers are assigned anew.
+        """
+        if self._moving:
+            return None
+        return self._filled.parts, tuple(watch.parts for watch in self._empty), self._turn
 
     def buffers_assigned_anew(self, so_far: bool = False) -> Mapping[str, Tensor] | None:
         """Name to tensor, where nothing but buffers has changed since; None where more has.
@@ -174,7 +190,7 @@ class Tree:
                     self._moving.append(_Moving(owned, key, old, names))
                     self._filled.pass_over(index, position)
         self._changed = []
-        empty = [self._empty[self._turn]] if so_far else self._empty
+        empty = [self._empty[self._turn[0]]] if so_far else self._empty
         if any(watch.changed() for watch in empty):
             return None
         found: dict[str, Tensor] = {}

@@ -17,11 +17,13 @@ from torch.utils.hooks import RemovableHandle
 
 from fused_ema import (
     _averages,
+    _caches,
     _checks,
     _counters,
     _named_state,
     _notes,
     _observed,
+    _repeat,
     _shards,
     _slots,
     _sources,
@@ -241,6 +243,8 @@ class EMAManager:
         self._hooked = [], None
         # Called after each iteration that was offered: fused_ema.posthoc.Snapshots.
         self._after_update: list[Callable[[], None]] = []
+        # The count of swaps at which no manager was swapped: one that goes away doesn't matter.
+        self._alone_at = -1
         # Weak: what was tracked before a refresh() must be able to go.
         self._checked: tuple[int, weakref.ref[_slots.Tracked]] | None = None
         # From a swap in to the swap out: where each param was. Its memory is held as well, or a
@@ -427,7 +431,8 @@ class EMAManager:
             if iteration is None
             else _checks.count("EMAManager.update", "iteration", iteration, 0)
         )
-        self._refuse_update("update")
+        if self._is_swapped or self._alone_at != _swaps.count:
+            self._refuse_update("update")
         if found_inf is not None and _checks.flag("EMAManager.update", "found_inf", found_inf):
             return
         if i < self._begin:
@@ -557,6 +562,12 @@ class EMAManager:
     def _apply(self, momenta: Sequence[float] | None) -> None:
         """Averages, with a momentum for each average, or copies everything where there are none."""
         tracked = self._tracked
+        repeated = tracked.repeated
+        if repeated is not None and momenta is not None and not _caches.keep_computed():
+            if _repeat.make_again(repeated, momenta[0]):
+                return
+            if 0 < momenta[0] < 1:
+                tracked.repeated = None  # What has changed is found out below.
         if tracked.teacher is not None:
             tracked.teacher.prepare(None if momenta is None else momenta[0])
         if not tracked.is_current_so_far():
@@ -591,6 +602,9 @@ class EMAManager:
             tracked.lay_anew()
         if tracked.teacher is not None:
             tracked.teacher.note_update()
+        if tracked.repeated is None and momenta is not None and observer is None:
+            frozen = [member.tensor for member in self._frozen]
+            tracked.repeated = tracked.repeatable(self._form, frozen)
 
     # ---- for evaluation
 
@@ -1209,6 +1223,7 @@ class EMAManager:
             so_far = False
         if not so_far and tracked.is_current():
             return tracked
+        tracked.repeated = None
         is_followed = tracked.shards.are_current() and tracked.has_teacher()
         anew = tracked.tree.buffers_assigned_anew(so_far) if is_followed else None
         if anew is not None and tracked.follow_buffers(op, anew):
@@ -1266,7 +1281,10 @@ class EMAManager:
         self._refuse_if_another_is_swapped(op)
 
     def _refuse_if_another_is_swapped(self, op: str) -> None:
-        if _swapped_managers:
+        count = _swaps.count
+        if not _swapped_managers:
+            self._alone_at = count
+        else:
             # Asked again only where another set of managers is swapped, or other tensors tracked.
             checked = (_swaps.count, weakref.ref(self._tracked))
             if self._checked != checked:

@@ -22,6 +22,7 @@ class _Watch:
 
     def __init__(self) -> None:
         self.averages: list[weakref.ref[EngineEMA]] = []
+        self.is_closed = False
         # What stood before the class's methods already.
         self.before: dict[str, Any] = {}
 
@@ -84,9 +85,18 @@ def load_checkpoint(engine: Any, *args: Any, **kwargs: Any) -> Any:
 
 def destroy(engine: Any, *args: Any, **kwargs: Any) -> Any:
     """``engine.destroy()``, after which there is nothing to average."""
+    watch = engine.__dict__.get(_KEY)
+    if watch is not None:
+        watch.is_closed = True
     for ema in averages_of(engine):
         ema._is_closed = True
     return _pass_on(engine, "destroy", args, kwargs)
+
+
+def is_closed(engine: Any) -> bool:
+    """Whether destroy() has run since somebody averaged it: without ZeRO nothing else tells."""
+    watch = engine.__dict__.get(_KEY)
+    return watch is not None and watch.is_closed
 
 
 _NOTICED = {f.__name__: f for f in (step, save_checkpoint, load_checkpoint, destroy)}

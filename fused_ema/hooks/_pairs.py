@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_ema import _storage, _tracking, ops
+from fused_ema import _repeat, _storage, _tracking, ops
 from fused_ema._foreach import DTYPE_PAIRS
 from fused_ema._slots import is_alike
 from fused_ema.ops import Form
@@ -170,6 +170,17 @@ class Pairs:
                 a.copy_((1 - momentum) * a + momentum * b.detach().to(a.device))
                 continue
             ops._update([a], [b.detach().to(a.device, a.dtype)], momentum, form)
+
+    def repeatable(self, form: Form, tree: tuple[Any, ...]) -> _repeat.Repeat | None:
+        """The same as one call; None where there is more to do than the plan's.
+
+        Args:
+            form: Of the updates.
+            tree: Dicts that must hold what they held, as Tree.watched.
+        """
+        if self._stages or self._loose or self._converted:
+            return None
+        return _repeat.repeat(self._plan, None, form, [tree])
 
     def copy(self) -> None:
         """Copies every tensor of the model into its average."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from types import GeneratorType
 from typing import Any
 
 from torch import Tensor, nn
 
-from fused_ema import _shards, _tracking
+from fused_ema import _repeat, _shards, _tracking
 from fused_ema.hooks import _pairs
+from fused_ema.ops import Form
 
 
 class Kept:
@@ -29,7 +31,9 @@ class Kept:
         self, pairs: _pairs.Pairs, model: nn.Module, teacher: nn.Module | None = None
     ) -> None:
         self._model = weakref.ref(model)
+        self._teacher = None if teacher is None else weakref.ref(teacher, _forgetting(id(teacher)))
         self.pairs = pairs
+        self._repeated: _repeat.Repeat | None = None
         owned: list[dict[str, Any]] = [
             own
             for root in (model,) + (() if teacher is None else (teacher,))
@@ -44,9 +48,50 @@ class Kept:
         """Whether it is that model, and neither of the two holds anything else."""
         return self._model() is model and not self._watch.changed()
 
+    def repeats(self, model: nn.Module, teacher: nn.Module, momentum: float, form: Form) -> bool:
+        """As the function of that name."""
+        repeated = self._repeated
+        return (
+            repeated is not None
+            and self._model() is model
+            and self._teacher is not None
+            and self._teacher() is teacher
+            and repeated.form == form
+            and _repeat.make_again(repeated, momentum)
+        )
 
-# By teacher, so that nothing outlives it.
-_kept: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+    def note(self, form: Form) -> None:
+        """To be called after an update: the next one may be the same."""
+        # What is narrow is another matter to some of the callers, if not to all.
+        if self.pairs.are_narrow_on_cpu():
+            self._repeated = None
+        else:
+            self._repeated = self.pairs.repeatable(form, (self._watch.parts, (), bytearray(1)))
+
+
+# By the teacher's id: a weak dictionary takes longer to look into than the checks. Nothing outlives
+# the teacher.
+_kept: dict[int, Kept] = {}
+
+
+def _forgetting(key: int) -> Callable[[object], None]:
+    def forget(_: object) -> None:
+        _kept.pop(key, None)
+
+    return forget
+
+
+def repeats(model: nn.Module, teacher: nn.Module, momentum: float, form: Form) -> bool:
+    """Makes the latest update again; False, and nothing is done, where anything is otherwise."""
+    kept = _kept.get(id(teacher))
+    return kept is not None and kept.repeats(model, teacher, momentum, form)
+
+
+def update(where: str, model: nn.Module, teacher: nn.Module, momentum: float, form: Form) -> None:
+    """Averages the parameters of two modules, by order. Raises what params_of() raises."""
+    if not repeats(model, teacher, momentum, form):
+        params_of(where, model, teacher).update(momentum, form)
+        _kept[id(teacher)].note(form)
 
 
 def params_of(where: str, model: nn.Module, teacher: nn.Module) -> _pairs.Pairs:
@@ -57,9 +102,9 @@ def params_of(where: str, model: nn.Module, teacher: nn.Module) -> _pairs.Pairs:
         ValueError: They have different numbers of parameters, or other shapes; they share some;
             ZeRO-3 has partitioned one.
     """
-    kept = _kept.get(teacher) if isinstance(teacher, nn.Module) else None
+    kept = _kept.get(id(teacher))
     if kept is None or not kept.is_of(model):
-        kept = _kept[teacher] = Kept(pairs_of(where, model, teacher), model, teacher)
+        kept = _kept[id(teacher)] = Kept(pairs_of(where, model, teacher), model, teacher)
     return kept.pairs
 
 
@@ -126,6 +171,13 @@ def modules_of(*lists: Iterable[Tensor]) -> list[nn.Module] | None:
     """
     modules = []
     for params in lists:
+        if type(params) is GeneratorType and params.gi_code is _code:
+            # Arguments come last, before what a generator that has begun has more: without making
+            # a frame object, which takes as long as the update of 50 tensors.
+            found = gc.get_referents(params)
+            if found[-1] is True and isinstance(found[-2], nn.Module):
+                modules.append(found[-2])
+                continue
         if (
             not isinstance(params, GeneratorType)
             or params.gi_code is not _code

@@ -94,7 +94,7 @@ class EngineEMA:
         _averages.refuse_several(_TITLE, momentum)
         self._engine = engine
         self._held = _deepspeed.held_by(engine)
-        self._is_closed = self._held.is_closed()
+        self._is_closed = self._held.is_closed() or _engine_calls.is_closed(engine)
         self._refuse_if_away("")
         self._params = _deepspeed.params_of(engine, self._held)
         self._masters = self._held.masters()
@@ -523,7 +523,12 @@ class EngineEMA:
 
     def _update(self) -> None:
         # Where there is a master a parameter, to ask each takes longer than the update.
-        self._refuse_if_away("update", ask_each=not self._held.one_a_param)
+        if (
+            self._is_closed
+            or getattr(self._engine.optimizer, "offloaded_states", None)
+            or not self._held.one_a_param
+        ):
+            self._refuse_if_away("update", ask_each=not self._held.one_a_param)
         self._manager.update()
 
     def _refuse_if_away(self, op: str, ask_each: bool = True) -> None:

@@ -37,11 +37,15 @@ def update_momentum(model: nn.Module, model_ema: nn.Module, m: float) -> None:
     """
     if type(m) is not float or not 0.0 <= m <= 1.0:
         m = _shadow.checked_decay(_WHERE, "m", m)
+    momentum = 1.0 - m
+    is_exact = 1.0 - momentum == m
+    if is_exact and _teachers.repeats(model, model_ema, momentum, "mul_add"):
+        return
     pairs = _teachers.params_of(_WHERE, model, model_ema)
-    if 1.0 - (1.0 - m) != m or pairs.are_narrow_on_cpu():
+    if not is_exact or pairs.are_narrow_on_cpu():
         averaged, live = zip(*pairs.floats, strict=True)
         with torch.no_grad():
             torch._foreach_mul_(averaged, m)
-            torch._foreach_add_(averaged, live, alpha=1.0 - m)
+            torch._foreach_add_(averaged, live, alpha=momentum)
     else:
-        pairs.update(1.0 - m, "mul_add")
+        _teachers.update(_WHERE, model, model_ema, momentum, "mul_add")

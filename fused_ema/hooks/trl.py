@@ -52,7 +52,7 @@ class SyncRefModelCallback(_TheirSync):  # type: ignore[misc]
         """
         where = "hooks.trl.sync_target_model"
         alpha = _checks.fraction(where, "alpha", alpha)
-        _teachers.params_of(where, model, target_model).update(alpha, "mul_add")
+        _teachers.update(where, model, target_model, alpha, "mul_add")
 
 
 class SyncTeacherModelCallback(SyncRefModelCallback):

@@ -9,6 +9,7 @@ import logging
 import os
 import runpy
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, GradientState
+from deepspeed.checkpoint import ds_to_universal
 from deepspeed.runtime import bf16_optimizer, torch_autocast
 from deepspeed.utils import safe_get_full_fp32_param
 from nets import assert_same
@@ -442,6 +444,48 @@ def test_what_one_process_saved_goes_on_in_two(one, two, tmp_path):
     two(on_ranks(_finds_damage), str(tmp_path), "rank_1_of_2.pt'] are missing")
 
 
+def _saves_for_others(folder):
+    engine = engine_of(**ENGINES["zero2"])
+    ema = EngineEMA(engine, momentum=0.25, interval=2)
+    train(engine, 0, 1, 2, rank=0)
+    engine.save_checkpoint(folder)
+    ema.save_checkpoint(folder)
+    found = ema.full_state_dict(), masters_of(engine)
+    if dist.get_rank() == 0:
+        torch.save(found, f"{folder}/whole.pt")
+
+
+def _goes_on_from_a_universal_checkpoint(folder):
+    source, made = f"{folder}/global_step3", f"{folder}/global_step3_universal"
+    options = {"strict": True, "keep_temp_folder": False, "inject_missing_state": True}
+    options |= {"num_extract_workers": 1, "num_merge_workers": 1}
+    ds_to_universal.main(Namespace(input_folder=source, output_folder=made, **options))
+    config = {**ENGINES["zero2"], "checkpoint": {"load_universal": True}}
+    engine = engine_of(**config, model=Net(seed=3))
+    ema = EngineEMA(engine, momentum=0.25, interval=2)
+    engine.load_checkpoint(folder, "global_step3_universal")
+    with pytest.raises(ValueError, match="has no average"):
+        ema.load_checkpoint(folder, "global_step3_universal")
+    ema.load_checkpoint(folder, "global_step3")
+    averages, masters = torch.load(f"{folder}/whole.pt")
+    assert_same(masters_of(engine), masters)
+    found = ema.full_state_dict()
+    # What is frozen isn't in a universal checkpoint: it stays the engine's own.
+    for own in (found, averages):
+        del own["frozen"]
+    assert_same(found, averages)
+    train(engine, 3)
+    assert ema.num_updates == 2
+    found = ema.full_state_dict()
+    for name, master in masters_of(engine).items():
+        assert_bits_equal(found[name], torch.lerp(averages[name], master, 0.25))
+
+
+def test_averages_go_on_beside_a_universal_checkpoint_on_another_number(one, two, tmp_path):
+    two(on_ranks(_saves_for_others), str(tmp_path))
+    one(on_ranks(_goes_on_from_a_universal_checkpoint), str(tmp_path))
+
+
 def _saves_again(folder):
     EngineEMA(engine_of(3)).save_checkpoint(folder, "last")
     dist.barrier()
@@ -559,7 +603,7 @@ def _refuses_engines():
     layers = deepspeed.pipe.PipelineModule([nn.Linear(3, 3)], num_stages=1, loss_fn=nn.MSELoss())
     with pytest.raises(ValueError, match="a pipeline"):
         EngineEMA(engine_of(1, model=layers))
-    for stage in (1, 2, 3):
+    for stage in (0, 1, 2, 3):
         engine = engine_of(stage, "bf16")
         ema = EngineEMA(engine)
         engine.destroy()
