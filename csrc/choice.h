@@ -9,10 +9,10 @@
 
 namespace fused_ema {
 
-// Of one kind of call. It shares while more than two of three shared calls take no longer than this
-// thread alone does at the median, and fewer than one in 17 clearly longer than its p90; so neither
-// a median nor a p90 tells of those that lost. Otherwise some calls are made alone, and more after
-// each further loss.
+// Of one kind of call. It shares while more than three of four shared calls take no longer than
+// this thread alone does at the median, and fewer than one in 25 clearly longer than its p90; so
+// neither a median nor a p90 tells of those that lost. Otherwise some calls are made alone, and
+// more after each further loss.
 class Choice {
  public:
   // Asked once before each call.
@@ -69,11 +69,11 @@ class Choice {
     }
 
    private:
-    static constexpr int kMost = 8 * 10;  // 1023 calls
+    static constexpr int kMost = 8 * 8;  // 255 calls: a load that has gone is soon forgotten
     int exponent_ = 0;
   };
-  static constexpr int kNoGain = 2;
-  static constexpr int kLate = 16;
+  static constexpr int kNoGain = 3;
+  static constexpr int kLate = 24;
   static constexpr int kAskedEvery = 128;
 
   int64_t median_ns_ = 0;  // about that of calls alone; 0: unknown
