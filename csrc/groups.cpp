@@ -121,11 +121,13 @@ void run_on_cpu(const Group& group, const Operation& operation) {
   const TileShape shape = tile_shape(group.pair);
   const int64_t total = group.spans.cost_before.back();
   // One parallel region: where another program holds a core, each region may wait for a time slice.
-  parallel_chunks(Threads::kAll, total, cpu::chunk_cost(total), [&](int64_t begin, int64_t end) {
+  const auto run = [&](int64_t begin, int64_t end) {
     // Before the work, which drives what the check has just read out of the caches.
     bump_written(group, operation, begin, end, total);
     cpu::run_range(group.spans, shape, work, begin, end);
-  });
+  };
+  parallel_chunks(Threads::kAll, total, cpu::chunk_cost(total), run,
+                  reinterpret_cast<uintptr_t>(work.kernel));
 }
 
 #ifdef FUSED_EMA_WITH_CUDA

@@ -13,7 +13,6 @@
 #include <exception>
 #include <mutex>
 #include <thread>
-#include <typeinfo>
 #include <utility>
 
 #include "choice.h"
@@ -314,7 +313,7 @@ bool set_sharing(const char* name) {
   return false;
 }
 
-void share_chunks(int64_t num_chunks, const ChunkFunction& f) {
+void share_chunks(int64_t num_chunks, const Kind& kind, const ChunkFunction& f) {
   const auto alone = [&] {
     for (int64_t i = 0; i < num_chunks; ++i) f(i);
   };
@@ -331,9 +330,10 @@ void share_chunks(int64_t num_chunks, const ChunkFunction& f) {
       break;
   }
   const bool asks_pool = pool.is_worth_asking(num_threads);
-  Choice& choice = Choices::of_this_thread().of(&f.target_type(), num_chunks, asks_pool);
-  const bool is_alone = choice.is_alone();
+  Choices::Entry& entry = Choices::of_this_thread().of(kind);
   const int64_t start = now();
+  Choice& choice = entry.at(start, asks_pool);
+  const bool is_alone = choice.is_alone();
   bool is_shared = !is_alone && asks_pool;
   if (is_shared) {
     pool.run(num_chunks, num_threads, f);
@@ -342,6 +342,7 @@ void share_chunks(int64_t num_chunks, const ChunkFunction& f) {
     if (!is_shared) alone();
   }
   const int64_t end = now();
+  entry.last_end = end;
   if (!is_shared || !asks_pool) pool.was_not_asked(start, end);
   if (is_shared) {
     choice.was_shared(end - start);

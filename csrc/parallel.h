@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <typeinfo>
 
 namespace fused_ema {
 
@@ -24,22 +25,32 @@ enum class Sharing { kAuto, kTorch, kHelpers };
 // Chooses for this process by name, "auto", "torch" or "helpers"; false for another name.
 bool set_sharing(const char* name);
 
+// What a call does, and to how much: two calls alike take equally long.
+struct Kind {
+  uintptr_t what = 0;
+  int64_t size = 0;
+  bool operator==(const Kind&) const = default;
+};
+
 using ChunkFunction = std::function<void(int64_t)>;
 
 // Calls f(i) for i in [0, num_chunks), on up to at::get_num_threads() threads. What f throws is
-// thrown here, when no thread is at work any more.
-void share_chunks(int64_t num_chunks, const ChunkFunction& f);
+// thrown here, when no thread is at work any more. kind: what was learnt of earlier calls like it.
+void share_chunks(int64_t num_chunks, const Kind& kind, const ChunkFunction& f);
 
 // Calls f(begin, end) for consecutive chunks of [0, size), each thread taking the next when it has
-// done one. Up to one chunk runs on this thread alone.
+// done one. Up to one chunk runs on this thread alone. what: tells apart what one F does, where it
+// does several things.
 template <typename F>
-void parallel_chunks(Threads threads, int64_t size, int64_t chunk, const F& f) {
+void parallel_chunks(Threads threads, int64_t size, int64_t chunk, const F& f, uintptr_t what = 0) {
   if (threads == Threads::kThisOne || size <= chunk) {
     if (size > 0) f(0, size);
     return;
   }
   const auto run = [&](int64_t i) { f(i * chunk, std::min((i + 1) * chunk, size)); };
-  share_chunks((size + chunk - 1) / chunk, std::cref(run));  // a reference: nothing is allocated
+  const Kind kind = {what != 0 ? what : reinterpret_cast<uintptr_t>(&typeid(F)), size};
+  // A reference to run, so that nothing is allocated.
+  share_chunks((size + chunk - 1) / chunk, kind, std::cref(run));
 }
 
 }  // namespace fused_ema
