@@ -5,6 +5,7 @@
 //   Args                                   what the host passes, by value
 //   kWalk                                  how the threads of a block walk a tile
 //   Op(const Args&)                        once a thread, before the first load
+//   is_idle                                whether there is nothing to do, the same for all threads
 //   operator()(A& a, B& b)                 one element, in storage types
 //
 // A source says which tile a block or a warp works on: TableSource reads a plan's table from device
@@ -141,6 +142,7 @@ __global__ void __launch_bounds__(Op::kWalk.threads, Op::kWalk.blocks_per_sm)
                      const __grid_constant__ typename Op::Args args) {
   constexpr TileShape kShape = tile_shape(sizeof(A), sizeof(B));
   const Op op(args);
+  if (op.is_idle) return;
   if (blockIdx.x < source.num_block_tiles) {
     const Tile tile = source.block_tile(kShape, blockIdx.x);
     run_body<true>(op, global_pointer<A>(tile.a), global_pointer<B>(tile.b), 0,

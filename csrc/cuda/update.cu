@@ -1,8 +1,14 @@
 // ema = (1 - m) * ema + m * param
+#include <type_traits>
+
 #include "launch.cuh"
 
 namespace fused_ema::cuda {
 namespace {
+
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
 
 template <Form kForm, typename A, typename B>
 struct Update {
@@ -13,23 +19,39 @@ struct Update {
     Coefficients<Compute<A>> by_value;
     const double* momentum;
   };
+  using Mask = Bits<Compute<A>>;
   Coefficients<Compute<A>> c;
+  // Of a momentum in device memory 0 is no update and 1 a copy, to the last bit: 0 * inf is NaN.
+  bool is_idle = false;
+  // As a mask; of 16 bits nvcc would make more of it.
+  Mask averaged_bits = ~Mask{0};
 
-  __device__ explicit Update(const Args& args)
-      : c(args.momentum == nullptr ? args.by_value
-                                   : coefficients<A, B>(*args.momentum, AlphaRounding::kNone)) {}
+  __device__ explicit Update(const Args& args) : c(args.by_value) {
+    if (args.momentum == nullptr) return;
+    const double momentum = *args.momentum;
+    c = coefficients<A, B>(momentum, AlphaRounding::kNone);
+    is_idle = momentum == 0;
+    if (momentum == 1) averaged_bits = 0;
+  }
 
   __device__ void operator()(A& ema, const B& param) const {
+    // Not by ?:, of which nvcc makes branches, and loads would wait behind them.
+    const auto averaged = bit_cast<Bits<A>>(average(ema, param));
+    const auto copied = bit_cast<Bits<A>>(Converted<A, B>::from(param));
+    ema = bit_cast<A>(static_cast<Bits<A>>((averaged & averaged_bits) | (copied & ~averaged_bits)));
+  }
+
+  __device__ A average(A ema, B param) const {
     if constexpr (kForm == Form::kLerp) {
-      ema = Stored<A>::from(lerp(load(ema), static_cast<Compute<A>>(load(param)), c));
+      return Stored<A>::from(lerp(load(ema), static_cast<Compute<A>>(load(param)), c));
     } else if constexpr (kForm == Form::kTwoProducts) {
-      ema = Stored<A>::from(two_products(
+      return Stored<A>::from(two_products(
           load(ema), static_cast<Compute<A>>(load(param)), c,
           [](Compute<A> x) { return Compute<A>{load(Stored<A>::from(x))}; },
           [](Compute<A> x) { return Compute<A>{load(Stored<B>::from(x))}; }));
     } else {
-      ema = Stored<A>::from(mul_add(load(ema), static_cast<Compute<A>>(load(param)), c,
-                                    [](Compute<A> x) { return load(Stored<A>::from(x)); }));
+      return Stored<A>::from(mul_add(load(ema), static_cast<Compute<A>>(load(param)), c,
+                                     [](Compute<A> x) { return load(Stored<A>::from(x)); }));
     }
   }
 };
