@@ -32,7 +32,8 @@ def update_(
             and float16 each with itself.
         momentum: The weight of the new value, in [0, 1]. A 0-dim float64 tensor on the lists'
             device is read by the kernel when it runs, so a captured CUDA graph replays with the
-            value that the tensor then holds; its range is not checked.
+            value that the tensor then holds; its range is not checked. Read there, 0 writes nothing
+            and 1 copies, to the last bit.
         form: ``"lerp"`` computes ``ema + m * (param - ema)`` (for m of 0.5 and more ``param -
             (1 - m) * (param - ema)``), bit for bit what ``ema.lerp_(param, m)`` gives.
             ``"mul_add"`` computes ``ema * (1 - m)``, rounded to the ema's dtype, and adds ``m *
