@@ -298,6 +298,7 @@ def test_what_a_captured_update_can_not_do_is_refused():
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_tensors_of_several_devices_are_refused(tmp_path):
     model = nn.Linear(2, 2).cuda()
     with pytest.raises(ValueError, match="'weight' is on cuda:0 and its average on cpu"):
@@ -355,7 +356,6 @@ def training(device, scaler, is_captured):
 
 
 @pytest.mark.cuda
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_whole_captured_training_step_with_a_scaler():
     runs = []
     for is_captured in (True, False):
