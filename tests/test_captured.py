@@ -379,6 +379,51 @@ def test_a_whole_captured_training_step_with_a_scaler():
     assert captured.iteration == 8
 
 
+class Student(nn.Module):
+    """Whose forward moves the average first."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.average = []
+
+    def forward(self, x):
+        for ema in self.average:
+            ema.update()
+        return self.body(x)
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node")
+def test_in_a_graphed_callable():
+    model = Student().cuda()
+    captured = EMAManager(model, momentum_fun=SCHEDULES["linear"], capturable=20)
+    model.average.append(captured)
+    x = torch.randn(3, 4, device="cuda", requires_grad=True)
+    step = torch.cuda.make_graphed_callables(model, (x,))
+    plain = EMAManager(model, momentum_fun=SCHEDULES["linear"])
+    plain.load_state_dict(captured.state_dict())
+    assert plain.iteration == 3  # Warming up counts.
+    for seed in range(4):
+        move(model, seed)
+        plain.update()
+        step(x).sum().backward()
+        assert_alike(captured, plain)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_between_the_parts_of_a_compiled_step():
+    model = Student()
+    plain, captured = both(model, momentum_fun=SCHEDULES["linear"])
+    model.average.append(captured)
+    step = torch.compile(model, backend="eager")
+    for seed in range(4):
+        move(model, seed)
+        plain.update()
+        step(torch.ones(2, 4)).sum().backward()
+        assert_alike(captured, plain)
+
+
 @pytest.mark.cuda
 def test_an_update_outside_of_graphs_waits_for_nothing():
     from bench.gpu.launches import no_synchronisation
