@@ -267,9 +267,11 @@ class Rounds:
 
     def _any_found(self) -> Tensor | None:
         """One for all: 0 where each is. Of one optimizer its own."""
-        first, *others = self._found.values() or (None,)
+        if not self._found:
+            return None
+        first, *others = self._found.values()
         self._found.clear()
-        for other in others if first is not None else ():
+        for other in others:
             first = first + other.to(first.device)
         return first
 
