@@ -9,6 +9,7 @@ nothing of the table is known there but where it begins.
 from __future__ import annotations
 
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -188,27 +189,31 @@ class Captured:
         due = due[(-due.start - 1) % self._interval :: self._interval]
         if due:
             num_averages = len(self._momenta)
-            momenta = torch.tensor(self._momenta_at(due), dtype=torch.float64)
             updates = table[due[0] - first :: self._interval]
-            updates[:, :num_averages] = momenta
-            updates[:, num_averages] = (momenta[:, 0] != 0) if self._is_teacher else 1.0
+            for k in range(num_averages):
+                if self._averages.is_constant(k):
+                    updates[:, k] = self._averages.momentum_at(k, 0)
+                else:
+                    updates[:, k] = self._momenta_at(k, due)
+            updates[:, num_averages] = (updates[:, 0] != 0) if self._is_teacher else 1.0
             hold[:] = 0
             hold[-1] = table[-1]
         return rows
 
-    def _momenta_at(self, iterations: Sequence[int]) -> list[Sequence[float]]:
+    def _momenta_at(self, average: int, iterations: Sequence[int]) -> Tensor:
         """The momenta of iterations to come."""
-        momenta = []
-        for i in iterations:
-            try:
-                momenta.append(self._averages.momenta_at(i))
-            except Exception as error:
-                raise RuntimeError(
-                    f"{TITLE}: capturable={self.num_iterations} works the momenta out ahead, and "
-                    f"that of iteration {i} failed with {type(error).__name__}: {error}. Choose "
-                    "fewer iterations, or a function that takes any"
-                ) from error
-        return momenta
+        momenta = array("d")
+        i = -1
+        try:
+            for i in iterations:
+                momenta.append(self._averages.momentum_at(average, i))
+        except Exception as error:
+            raise RuntimeError(
+                f"{TITLE}: capturable={self.num_iterations} works the momenta out ahead, and that "
+                f"of iteration {i} failed with {type(error).__name__}: {error}. Choose fewer "
+                "iterations, or a function that takes any"
+            ) from error
+        return torch.frombuffer(momenta, dtype=torch.float64)
 
     # ---- updates
 
