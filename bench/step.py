@@ -4,8 +4,9 @@ Two stacks in bf16 autocast with a fused AdamW: ViT-L/16 on images, and blocks o
 hidden states. One model and one optimizer serve all ways of averaging, which take turns (see
 bench/timer.py): without any, by the plain loop, by torch._foreach, by the manager, by the manager
 on a stream of its own that the next optimizer step waits for, and the whole step as a captured CUDA
-graph without and with the average in it. Each is first checked against `lerp`. A time is that of
-several steps from an idle GPU to an idle GPU, over their number.
+graph without and with the average in it, by a plan, and by a manager that has its schedule on the
+device. Each is first checked against `lerp`. A time is that of several steps from an idle GPU to an
+idle GPU, over their number.
 """
 
 import argparse
@@ -27,6 +28,7 @@ MOMENTUM = 0.125
 STEPS_A_SAMPLE = 4
 ENOUGH_ROUNDS = 30  # On an H200 six rounds of ViT-L/16 gave another order than thirty-four.
 _WARM_UP_STEPS = 3
+_CAPTURABLE = 100_000  # Steps; more than a run of the command has.
 _SECONDS = 50.0
 _CHECKED_TENSORS = 5
 
@@ -250,11 +252,21 @@ def make_ways(training: Training) -> dict[str, Way]:
     ways["side stream"] = way(
         "EMAManager.update on a stream of its own", on_the_side, managed, wait_for_the_side
     )
+    scheduled = fused_ema.EMAManager(
+        training.model, MOMENTUM, skip_buffers=True, capturable=_CAPTURABLE
+    )
+    of_scheduled = [ema for _, ema in scheduled.named_emas()]
     plan = fused_ema.Plan(managed, params)
     momentum = torch.tensor(MOMENTUM, dtype=torch.float64, device=training.device)
     for name, title, average, averaged in (
         ("captured off", "captured, no average", None, ()),
         ("captured", "captured, Plan.update in the graph", partial(plan.update, momentum), managed),
+        (
+            "captured manager",
+            "captured, EMAManager.update in the graph",
+            scheduled.update,
+            of_scheduled,
+        ),
     ):
         replay = captured([partial(step, average, None)], _WARM_UP_STEPS)
         ways[name] = Way(title, replay, averaged, "captured off")

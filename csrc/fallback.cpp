@@ -8,6 +8,7 @@
 #include <ATen/ops/_foreach_mul.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/where.h>
 
 #include <algorithm>
 
@@ -17,11 +18,12 @@ namespace {
 void update_by_tensor(const at::Tensor& ema, const at::Tensor& param, const at::Tensor& momentum,
                       Form form) {
   // No foreach function takes a weight from device memory without a synchronisation.
-  if (form == Form::kLerp) {
-    ema.lerp_(param.to(ema.scalar_type()), momentum.to(ema.scalar_type()));
-  } else {
-    ema.mul_(1.0 - momentum).add_(param.mul(momentum));
-  }
+  const at::Tensor values = param.to(ema.scalar_type());
+  const at::Tensor averaged = form == Form::kLerp
+                                  ? ema.lerp(values, momentum.to(ema.scalar_type()))
+                                  : ema.mul(1.0 - momentum).add_(param.mul(momentum));
+  // 0 is no update and 1 a copy, to the last bit: 0 * inf is NaN.
+  ema.copy_(at::where(momentum == 0, ema, at::where(momentum == 1, values, averaged)));
 }
 
 // Torch's copies of bf16 and fp16 on CUDA go through fp32 and lose a NaN's payload; as integers

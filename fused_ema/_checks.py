@@ -89,14 +89,19 @@ def count(where: str, name: str, value: int, least: int) -> int:
     return checked
 
 
-def flag(where: str, name: str, value: torch.Tensor) -> bool:
-    """Whether a tensor of one element is anything but zero; TypeError of anything else."""
+def one_element(where: str, name: str, value: torch.Tensor) -> None:
+    """TypeError of anything but a tensor of one element."""
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         of = f" of shape {list(value.shape)}" if isinstance(value, torch.Tensor) else ""
         raise TypeError(
             f"fused_ema.{where}: {name} is a {type(value).__name__}{of}; pass a tensor of one "
             "element"
         )
+
+
+def flag(where: str, name: str, value: torch.Tensor) -> bool:
+    """Whether a tensor of one element is anything but zero; TypeError of anything else."""
+    one_element(where, name, value)
     return bool(value)
 
 

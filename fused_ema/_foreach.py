@@ -353,10 +353,13 @@ def _update_by_tensor(
 ) -> None:
     # No foreach function takes a weight from device memory without a synchronisation.
     for e, p in zip(ema, params, strict=True):
+        values = p.to(e.dtype)
         if form == "lerp":
-            e.lerp_(p.to(e.dtype), momentum.to(e.dtype))
+            averaged = e.lerp(values, momentum.to(e.dtype))
         else:
-            e.mul_(1.0 - momentum).add_(momentum * p)
+            averaged = e.mul(1.0 - momentum).add_(momentum * p)
+        # 0 is no update and 1 a copy, to the last bit: 0 * inf is NaN.
+        e.copy_(torch.where(momentum == 0, e, torch.where(momentum == 1, values, averaged)))
 
 
 def _by_device_and_dtype(

@@ -210,11 +210,18 @@ class Rounds:
     Args:
         num_optimizers: How many there are.
         update: What to call then.
+        decides: Whether it takes ``found_inf=`` and decides on the device whether a step was
+            skipped: then nobody waits for it here.
     """
 
-    def __init__(self, num_optimizers: int, update: Callable[[], None]) -> None:
+    def __init__(
+        self, num_optimizers: int, update: Callable[..., None], decides: bool = False
+    ) -> None:
         self._num_optimizers = num_optimizers
         self._update = update
+        self._decides = decides
+        # What a scaler has told who stepped in this round.
+        self._found: dict[int, Tensor] = {}
         # Who has stepped in this round, and whether its step was skipped.
         self._stepped: dict[int, bool] = {}
         # In which order they step; known after the first round.
@@ -250,14 +257,30 @@ class Rounds:
                 torch.autograd.Variable._execution_engine.queue_callback(self._update)
         elif index in self._releasing and not _has_gradients(optimizer):
             pass  # A loop calls it in any case; what it would have done was done in the pass.
+        elif self._decides:
+            if (found_inf := getattr(optimizer, "found_inf", None)) is not None:
+                self._found[index] = found_inf
+            if self._ends_with(index, False):
+                self._update(found_inf=self._any_found())
         elif self._ends_with(index, was_skipped(optimizer)):
             self._update()
+
+    def _any_found(self) -> Tensor | None:
+        """One for all: 0 where each is. Of one optimizer its own."""
+        if not self._found:
+            return None
+        first, *others = self._found.values()
+        self._found.clear()
+        for other in others:
+            first = first + other.to(first.device)
+        return first
 
     def _ends_with(self, index: int, is_skipped: bool) -> bool:
         # A scaler doesn't call a step that it skips. So who comes before one that has stepped
         # already begins a new round: or from then on rounds would end in the middle of a step.
         if any(self._order[index] < self._order[i] for i in self._stepped if self._order):
             self._stepped.clear()
+            self._found = {i: found for i, found in self._found.items() if i == index}
         self._stepped[index] = is_skipped
         if len(self._stepped) < self._num_optimizers:
             return False

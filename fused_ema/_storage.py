@@ -104,8 +104,8 @@ class Exchange:
             if x.is_conj() or y.is_conj():  # Whose memory holds other values than they show.
                 self._narrow.append((x.detach(), y.detach(), x.detach().clone()))
             elif x.element_size() > 1:
-                self._a.append(_as_floats(x))
-                self._b.append(_as_floats(y))
+                self._a.append(as_floats(x))
+                self._b.append(as_floats(y))
             else:
                 x, y = x.detach().view(torch.uint8), y.detach().view(torch.uint8)
                 self._narrow.append((x, y, x.clone()))
@@ -141,11 +141,12 @@ class Exchange:
             ops.swap_(self._a, self._b)
 
 
-def _as_floats(tensor: Tensor) -> Tensor:
+def as_floats(tensor: Tensor) -> Tensor:
+    """The same memory, of 2, 4 or 8 bytes an element, in a dtype that the kernels take."""
     if tensor.dtype in _FLOATS:
         return tensor
     if tensor.is_complex():
-        return _as_floats(torch.view_as_real(tensor.detach()))
+        return as_floats(torch.view_as_real(tensor.detach()))
     return tensor.detach().view(_SAME_WIDTH[tensor.element_size()])
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from fused_ema import (
     _averages,
     _caches,
+    _captured,
     _checks,
     _counters,
     _named_state,
@@ -143,6 +144,11 @@ class EMAManager:
             for their device.
         telemetry: True, or a number n for each n-th update: measure what :meth:`telemetry` returns.
             A measured update takes many times as long, and a copy of the averages meanwhile.
+        capturable: How many iterations ahead updates may be recorded in a CUDA graph and replayed,
+            each with the momentum of its own iteration; None for no graphs. ``momentum_fun`` is
+            called ahead for all of them, now. Takes 8 bytes an iteration for each average and 8
+            more, on the model's device. On the CPU, where nothing is captured, it does the same.
+            ``docs/captured.md``.
         decay: Not taken; the error says which momentum it is.
 
     Raises:
@@ -155,7 +161,8 @@ class EMAManager:
             model and differ; a teacher that doesn't fit, is trained or shares tensors with the
             model: one error that lists what, and nothing is written. Of a sharded model what is
             wrong on one rank is the same error on all.
-        RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows.
+        RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows;
+            with ``capturable``, ``momentum_fun`` fails for an iteration ahead.
 
     Warns:
         UserWarning: A constant momentum above 0.5, which most often is a decay; a teacher in 16
@@ -193,6 +200,7 @@ class EMAManager:
         start: _teacher.Start = "copy",
         nonfinite: _observed.Nonfinite = "propagate",
         telemetry: bool | int = False,
+        capturable: int | None = None,
         decay: None = None,
     ) -> None:
         if decay is not None:
@@ -214,6 +222,14 @@ class EMAManager:
         self._observer = _observed.Observer.parse(nonfinite, telemetry)
         self._interval = _checks.count("EMAManager", "interval", interval, least=1)
         self._begin = _checks.count("EMAManager", "begin", begin, least=0)
+        if capturable is not None:
+            capturable = _checks.count("EMAManager", "capturable", capturable, least=1)
+            if self._observer is not None:
+                what = "telemetry" if self._observer.every else "nonfinite='skip'"
+                raise ValueError(
+                    f"{_TITLE}: capturable={capturable} and {what} are set, and {what} looks at "
+                    "values on the host, which a captured update can't; choose one"
+                )
         self._form: Form = form
         if skip_buffers or copy_buffers:
             buffers = "skip" if skip_buffers else "copy"
@@ -256,6 +272,9 @@ class EMAManager:
                 self._tracked.teacher.warn_of_stall(averages.momentum_at(0, 0), level=2)
             staged = {s.name: (s.param, s.ema) for s in self._tracked.staged}
             self._into.warn_of_stages(staged, level=2)
+        self._captured: _captured.Captured | None = None
+        if capturable is not None:
+            self._captured = self._made_captured(capturable, self._tracked)
         _notes.log.debug("made %r", self)
 
     def _track(
@@ -282,6 +301,18 @@ class EMAManager:
         tracked = self._policy.track(op, tree, members, before, feed, teacher)
         tree.members.clear()  # They are the tracked members' alone to hold on to.
         return tracked, frozen
+
+    def _made_captured(self, num_iterations: int, tracked: _slots.Tracked) -> _captured.Captured:
+        captured = _captured.Captured(
+            num_iterations,
+            self._averages,
+            self._interval,
+            self._begin,
+            self._into is not None,
+            _captured.device_of(tracked),
+        )
+        captured.prepare(tracked)
+        return captured
 
     def _read(
         self, tracked_names: Container[str]
@@ -324,13 +355,34 @@ class EMAManager:
 
     @property
     def iteration(self) -> int:
-        """The iteration that comes next: how many were offered, where nobody else counts."""
-        return self._iteration
+        """The iteration that comes next: how many were offered, where nobody else counts.
+
+        With ``capturable`` it is read from the device.
+        """
+        return self._position()[0]
 
     @property
     def num_updates(self) -> int:
-        """How many updates have averaged. Copies before ``begin`` don't count."""
-        return self._num_updates
+        """How many updates have averaged. Copies before ``begin`` don't count.
+
+        With ``capturable`` it is read from the device.
+        """
+        return self._position()[1]
+
+    def _position(self) -> tuple[int, int]:
+        if self._captured is not None:
+            return self._captured.position()
+        return self._iteration, self._num_updates
+
+    def _work_out(self, iteration: int) -> None:
+        """What of _move() can fail."""
+        if self._captured is not None:
+            self._captured.work_out(iteration)
+
+    def _move(self, iteration: int, num_updates: int) -> None:
+        self._iteration, self._num_updates = iteration, num_updates
+        if self._captured is not None:
+            self._captured.move(iteration, num_updates)
 
     @property
     def averages(self) -> tuple[str, ...]:
@@ -391,9 +443,14 @@ class EMAManager:
             f"EMAManager({len(tracked.slots):,} tensors, {num_elements:,} elements{parts}, "
             f"{'' if self._into is None else f'into a {type(self._into.module).__name__}, '}"
             f"momentum={self._averages.shown()}, interval={self._interval}, form={self._form!r}, "
-            f"iteration={self._iteration}, num_updates={self._num_updates}"
-            f"{self._swapped_text()})"
+            f"{self._position_text()}{self._swapped_text()})"
         )
+
+    def _position_text(self) -> str:
+        if self._captured is not None and self._captured.is_capturing():
+            return "in a capture"
+        iteration, num_updates = self._position()
+        return f"iteration={iteration}, num_updates={num_updates}"
 
     def _swapped_text(self) -> str:
         if not self._is_swapped:
@@ -415,10 +472,11 @@ class EMAManager:
             iteration: Its 0-based number where somebody else counts; None to go on counting here.
             found_inf: A tensor of one element, as a gradient scaler has it: where it isn't zero
                 the optimizer has skipped its step, so nothing happens here and nothing is counted.
-                On a device it is waited for.
+                On a device it is waited for, but with ``capturable``.
 
         Raises:
-            RuntimeError: The model is swapped, or its parameters were replaced or added.
+            RuntimeError: The model is swapped, or its parameters were replaced or added; in a
+                capture, what must be made outside: a plan of tensors that moved, a snapshot.
             TypeError: As :meth:`momentum_at`; a param was converted to a dtype that doesn't fit;
                 ``found_inf`` is no tensor of one element.
             ValueError: As :meth:`momentum_at`; an iteration below 0; a param was resized, or moved
@@ -433,6 +491,9 @@ class EMAManager:
         )
         if self._is_swapped or self._alone_at != _swaps.count:
             self._refuse_update("update")
+        if self._captured is not None:
+            self._update_captured(self._captured, None if iteration is None else i, found_inf)
+            return
         if found_inf is not None and _checks.flag("EMAManager.update", "found_inf", found_inf):
             return
         if i < self._begin:
@@ -441,6 +502,24 @@ class EMAManager:
             self._apply(self._averages.momenta_at(i))
             self._num_updates += 1
         self._iteration = i + 1
+        for call in self._after_update:
+            call()
+
+    def _update_captured(
+        self, captured: _captured.Captured, iteration: int | None, found_inf: Tensor | None
+    ) -> None:
+        """The same by the table of momenta on the device."""
+        if self._after_update and captured.is_capturing():
+            raise RuntimeError(
+                f"{_TITLE}.update: snapshots are saved by Python, which a replay doesn't run; "
+                "update this manager outside of the graph, or save its state_dict() yourself"
+            )
+        if captured.skips(found_inf):
+            return
+        if iteration is not None:
+            captured.offer(iteration)
+        self._apply(None, found_inf)
+        captured.look()
         for call in self._after_update:
             call()
 
@@ -462,7 +541,8 @@ class EMAManager:
 
         A step that a gradient scaler skips is no step, and with gradient accumulation there is one
         update for each real step. A fused optimizer is called by the scaler in any case and skips
-        by itself: to know it, the hook waits for the device after steps with a scaler. A step while
+        by itself: to know it, the hook waits for the device after steps with a scaler, but with
+        ``capturable``, where the update finds it out. A step while
         the model holds the ema is refused before it writes anything. As all hooks of torch's
         optimizers, it isn't there in a copy or a pickle of the optimizer.
 
@@ -499,7 +579,7 @@ class EMAManager:
             )
         if not partial:
             _steps.refuse_others(title, found, self._trained())
-        rounds = _steps.Rounds(len(found), self.update)
+        rounds = _steps.Rounds(len(found), self.update, decides=self._captured is not None)
         references = [weakref.ref(one) for one in found]
         heads = [_steps.heads(one) for one in found]
 
@@ -559,8 +639,11 @@ class EMAManager:
                 trained[slot.name] = tensors + ([] if slot.given is None else [slot.given])
         return trained
 
-    def _apply(self, momenta: Sequence[float] | None) -> None:
-        """Averages, with a momentum for each average, or copies everything where there are none."""
+    def _apply(self, momenta: Sequence[float] | None, found_inf: Tensor | None = None) -> None:
+        """Averages, with a momentum for each average, or copies everything where there are none.
+
+        A capturable manager does what its table says, where ``found_inf`` is zero.
+        """
         tracked = self._tracked
         repeated = tracked.repeated
         if repeated is not None and momenta is not None and not _caches.keep_computed():
@@ -584,7 +667,9 @@ class EMAManager:
             num_refreshes = plan._num_refreshes
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.followed for slot in staged])
-            if (observer := self._observer) is not None:
+            if self._captured is not None:
+                self._captured.run(tracked, self._form, found_inf)
+            elif (observer := self._observer) is not None:
                 if momenta is None:
                     observer.follow(tracked)
                 else:
@@ -671,6 +756,8 @@ class EMAManager:
             self._swap_in("swap", average)
 
     def _swap_in(self, op: str, average: int) -> None:
+        if self._captured is not None:
+            self._captured.look()
         self._held = average
         tracked = self._follow(op)
         tracked.check_geometry(op)
@@ -727,6 +814,8 @@ class EMAManager:
         with tracked.writable():
             self._exchange(False, aside, writes)
         self._places = []
+        if self._captured is not None:
+            self._captured.look()
         if lost:
             warnings.warn(
                 f"{_TITLE}.{op}: {_tracking.shown(lost)} were replaced or removed while the model "
@@ -928,13 +1017,13 @@ class EMAManager:
         self._refuse_if_swapped("reset")
         tracked = self._follow("reset")
         tracked.check_geometry("reset")
+        self._work_out(0)
         self._tracked = tracked = tracked.fed("reset")
         pairs = [(ema, slot.followed) for slot in tracked.slots for ema in slot.own_emas]
         _storage.copy([ema for ema, _ in pairs], [values for _, values in pairs])
         if tracked.teacher is not None:
             tracked.teacher.note_write()
-        self._iteration = 0
-        self._num_updates = 0
+        self._move(0, 0)
 
     def refresh(self) -> list[str]:
         """Takes the model as it is now: parameters replaced, added, removed, resized or moved.
@@ -955,6 +1044,13 @@ class EMAManager:
         emas_of = [self._emas(k) for k in range(len(self._averages.names))]
         old = {slot.name: slot for slot in self._tracked.slots}
         tracked, frozen = self._track("refresh", self._tracked)
+        captured = self._captured
+        if captured is not None and captured.device == _captured.device_of(tracked):
+            captured.prepare(tracked)
+        elif captured is not None:
+            position = captured.position()
+            captured = self._made_captured(captured.num_iterations, tracked)
+            captured.move(*position)
         goes_on, started = [], []
         for slot in tracked.slots:
             before = emas_of[0].get(slot.name)
@@ -975,7 +1071,7 @@ class EMAManager:
             else:
                 started += [member.name for member in slot.members]
         _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
-        self._tracked, self._frozen = tracked, frozen
+        self._tracked, self._frozen, self._captured = tracked, frozen, captured
         return started
 
     # ---- checkpoints
@@ -1020,7 +1116,7 @@ class EMAManager:
         )
 
     def _packed(self, emas: Sequence[dict[str, Tensor]], raw: dict[str, Tensor]) -> dict[str, Any]:
-        position = self._iteration, self._num_updates
+        position = self._position()
         if not self._averages.is_named:
             return _state.pack(*position, emas[0], raw, self._is_swapped)
         named = dict(zip(self._averages.names, emas, strict=True))
@@ -1033,7 +1129,7 @@ class EMAManager:
                 f"{_TITLE}.state_dict: student and teacher hold each other's weights, and the "
                 f"state with into= has none; {self._way_back()} first, and save then"
             )
-        return _counters.pack(self._iteration, self._num_updates, self._emas())
+        return _counters.pack(*self._position(), self._emas())
 
     def full_state_dict(self) -> dict[str, Any]:
         """The state of a sharded model whole, on the first rank's CPU, for export.
@@ -1107,6 +1203,7 @@ class EMAManager:
         with _shards.one_error(title, [m.tensor for m in self._tracked.members]) as facts:
             tracked, states, incompatible = self._unpacked(state_dict, strict, average)
             slots, loaded = tracked.slots, next(iter(states.values()))
+            self._work_out(loaded.iteration)
             # What isn't averaged is the first one's: it stands for each.
             pairs = [
                 (slot.emas[k], slot.part_of(state.ema[slot.name]))
@@ -1135,8 +1232,7 @@ class EMAManager:
             tracked.note_write()
         self._aside = aside
         self._set_swapped(loaded.is_swapped)
-        self._iteration = loaded.iteration
-        self._num_updates = loaded.num_updates
+        self._move(loaded.iteration, loaded.num_updates)
         if tracked.teacher is not None:
             tracked.teacher.note_write()
         return incompatible
@@ -1151,9 +1247,10 @@ class EMAManager:
             tracked = self._follow("load_state_dict")
             emas = None if tracked.teacher is None else self._emas()
             loaded = _counters.unpack(title, state_dict, emas, strict)
+            self._work_out(loaded.iteration)
             position = f"at iteration {loaded.iteration} after {loaded.num_updates} updates"
             facts.append(_shards.Fact(None, "the state", position))
-        self._iteration, self._num_updates = loaded.iteration, loaded.num_updates
+        self._move(loaded.iteration, loaded.num_updates)
         if tracked.teacher is not None:
             tracked.teacher.forget()
         return _state.IncompatibleKeys(loaded.missing, loaded.unexpected)

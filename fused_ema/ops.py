@@ -34,7 +34,8 @@ def update_(
         momentum: The weight of the new value, in [0, 1]; of several averages a list of them. A
             0-dim float64 tensor on the lists' device, of several averages a 1-dim one of as many
             elements, is read by the kernel when it runs, so a captured CUDA graph replays with the
-            value that the tensor then holds; its range is not checked.
+            value that the tensor then holds; its range is not checked. Read there, 0 writes nothing
+            and 1 copies, to the last bit.
         form: ``"lerp"`` computes ``ema + m * (param - ema)`` (for m of 0.5 and more ``param -
             (1 - m) * (param - ema)``), bit for bit what ``ema.lerp_(param, m)`` gives.
             ``"mul_add"`` computes ``ema * (1 - m)``, rounded to the ema's dtype, and adds ``m *

@@ -319,8 +319,11 @@ def test_a_graph_replays_with_the_momentum_of_the_moment(pair):
         momentum.fill_(m)
         graph.replay()
         for e, p in zip(expected, params, strict=True):
-            e.lerp_(p.to(e.dtype), m)
-            e.mul_(1 - m).add_(p, alpha=m)
+            if 0 < m < 1:
+                e.lerp_(p.to(e.dtype), m)
+                e.mul_(1 - m).add_(p, alpha=m)
+            elif m == 1:  # Of -0.0, too.
+                e.copy_(p)
     assert_same(ema, expected)
 
 

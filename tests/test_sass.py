@@ -140,6 +140,8 @@ class Claim(NamedTuple):
         first = self.loads(min(vectors, step), aligned_b, odd)
         late = self.loads(max(0, vectors - step), aligned_b, 0)
         in_flight = len(first) if narrow_too else first.count(16)
+        # For sm_100 ptxas uses one of 16 bits before the last is on its way.
+        in_flight -= narrow_too and not aligned_b and self.op == "update" and self.sizes["a"] == 2
         return moves_of([*first, *late, *others], stores, len(late)), in_flight
 
     def loads_in_flight(self) -> int:
@@ -168,7 +170,8 @@ class Claim(NamedTuple):
             for odd in odds
             for momentum in momenta
         )
-        idle = {} if block_tile else {moves_of(momentum, []): 0 for momentum in momenta}
+        # A warp without a tile, and a momentum of 0 on the device.
+        idle = {moves_of(momentum, []): 0 for momentum in momenta if momentum or not block_tile}
         return idle | dict(moving)
 
 
@@ -491,7 +494,8 @@ def ways_through(code: list[Instruction], block_tile: bool, narrow_too: bool) ->
 def block_tile_faults(kernel: Kernel, claimed: Ways):
     found = ways_through(kernel.code, block_tile=True, narrow_too=True)
     for moves in sorted(found):
-        if not any(moves.is_within(claim) for claim in claimed):
+        # Whether a momentum of 0 was read stands in a predicate, which is followed both ways here.
+        if moves != Moves() and not any(moves.is_within(claim) for claim in claimed):
             yield f"has a way that is not claimed: {moves}"
     yield from way_faults(found, claimed)
 

@@ -10,6 +10,7 @@ struct Copy : SidesOf<A, B> {
   // Half a vector of a mixed pair's param in steps of one is too little on its way.
   static constexpr Walk kWalk = sizeof(A) == sizeof(B) ? Walk{256, 1, 8} : Walk{256, 2, 5};
   struct Args {};
+  static constexpr bool is_idle = false;
   __device__ explicit Copy(const Args&) {}
 
   __device__ void operator()(A& a, B& b) const {

@@ -7,6 +7,7 @@
 //   kWalk                      how the threads of a block walk a tile
 //   Op(const Args&)            once a thread, before the first load
 //   takes<side>()              whether this launch has the side; SidesOf says always
+//   is_idle                    whether there is nothing to do, the same for all threads
 //   operator()(A&, B&, ...)    one element, in storage types
 //
 // A source says which tile a block or a warp works on: TableSource reads a plan's table from device
@@ -232,6 +233,7 @@ __global__ void __launch_bounds__(Op::kWalk.threads, Op::kWalk.blocks_per_sm)
     tile_loop_kernel(const __grid_constant__ Source source,
                      const __grid_constant__ typename Op::Args args) {
   const Op op(args);
+  if (op.is_idle) return;
   Loop<Op>::run(source, op);
 }
 

@@ -10,6 +10,7 @@ struct Swap : SidesOf<A, B> {
   // Where as much is written as read, steps of one lose a tenth.
   static constexpr Walk kWalk{512, 2, 2};
   struct Args {};
+  static constexpr bool is_idle = false;
   __device__ explicit Swap(const Args&) {}
 
   __device__ void operator()(A& a, B& b) const {

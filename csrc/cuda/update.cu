@@ -13,13 +13,15 @@ struct Update : SidesOf<A, B> {
     Coefficients<Compute<A>> by_value;
     const double* momentum;
   };
-  Coefficients<Compute<A>> c;
+  Weights<kForm, A, B> weights;
+  bool is_idle;
 
-  __device__ explicit Update(const Args& args)
-      : c(args.momentum == nullptr ? args.by_value
-                                   : coefficients<A, B>(*args.momentum, AlphaRounding::kNone)) {}
+  __device__ explicit Update(const Args& args) {
+    weights.set(args.by_value, args.momentum);
+    is_idle = weights.is_idle;
+  }
 
-  __device__ void operator()(A& ema, const B& param) const { move<kForm>(ema, param, c); }
+  __device__ void operator()(A& ema, const B& param) const { weights.move(ema, param); }
 };
 
 template <Form kForm, typename A, typename B>

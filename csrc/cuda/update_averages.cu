@@ -18,29 +18,34 @@ struct UpdateAverages {
     const double* momenta;
     int count;
   };
-  Coefficients<Compute<A>> c[kMostAverages];
+  Weights<kForm, A, B> weights[kMostAverages];
+  bool is_idle = true;
   int count;
 
   __device__ explicit UpdateAverages(const Args& args) : count(args.count) {
 #pragma unroll
     for (int k = 0; k < kMostAverages; ++k) {
-      c[k] = args.by_value[k];
-      if (args.momenta != nullptr && k < args.count) {
-        c[k] = coefficients<A, B>(args.momenta[k], AlphaRounding::kNone);
-      }
+      const bool is_there = k < 2 || k < count;
+      const bool in_memory = args.momenta != nullptr && is_there;
+      weights[k].set(args.by_value[k], in_memory ? args.momenta + k : nullptr);
+      if (is_there && !weights[k].is_idle) is_idle = false;
     }
   }
 
   template <int kSide>
   __device__ bool takes() const {
-    return kSide < 2 || kSide == kMostAverages || kSide < count;
+    if constexpr (kSide == kMostAverages) {
+      return true;
+    } else {
+      return (kSide < 2 || kSide < count) && !weights[kSide].is_idle;
+    }
   }
 
   __device__ void operator()(A& e0, A& e1, A& e2, A& e3, const B& param) const {
-    move<kForm>(e0, param, c[0]);
-    move<kForm>(e1, param, c[1]);
-    move<kForm>(e2, param, c[2]);
-    move<kForm>(e3, param, c[3]);
+    weights[0].move(e0, param);
+    weights[1].move(e1, param);
+    weights[2].move(e2, param);
+    weights[3].move(e3, param);
   }
 };
 

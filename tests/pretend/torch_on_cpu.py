@@ -124,6 +124,12 @@ def compute(op, args, kwargs):
         for e in args[0]:
             e.copy_(e.float() * factor)
         return None
+    # A number that torch has wrapped comes unwrapped.
+    given = zip(args, op._schema.arguments, strict=False)
+    args = [
+        torch.tensor(value) if type(value) in (int, float) and str(a.type) == "Tensor" else value
+        for value, a in given
+    ]
     return op(*args, **kwargs)
 
 
