@@ -336,22 +336,16 @@ class Offload:
                 )
         return [_item_of(slot) for slot in slots]
 
-    def update(
-        self,
-        items: Sequence[Item],
-        momenta: Sequence[float] | None,
-        form: Form,
-        title: str,
-        is_fenced: bool,
+    def start(
+        self, items: Sequence[Item], momenta: Sequence[float] | None, form: Form, title: str
     ) -> None:
-        """Starts an update. Params that something else than an optimizer writes have been read.
+        """Starts an update.
 
         Args:
             items: Of prepare().
             momenta: One for each average; None to copy.
             form: The arithmetic.
             title: What it is, for an error.
-            is_fenced: Whether wait() is called before an optimizer writes the params.
         """
         if not items:
             return
@@ -360,13 +354,23 @@ class Offload:
         for device in {chunk.device for chunk in chunks}:
             streams = self._staging_of(device).streams
             ready[device] = streams.record(streams.current())
-        job = _Job(title, items, chunks, momenta, form, ready)
-        self._start(job)
-        if any(chunk.is_prompt for chunk in chunks):
-            self._wait_on_host(job, job.prompt_asked)
-            self._wait_on_device(job.prompt_read)
+        self._start(_Job(title, items, chunks, momenta, form, ready))
+
+    def fence(self, op: str, is_fenced: bool) -> None:
+        """Makes the current streams wait for what was started.
+
+        Args:
+            op: For errors.
+            is_fenced: Whether wait() is called before an optimizer writes the params: then only for
+                what others may write.
+        """
         if not is_fenced:
-            self.wait("update")
+            self.wait(op)
+            return
+        for job in self._pending:
+            if any(chunk.is_prompt for chunk in job.chunks):
+                self._wait_on_host(job, job.prompt_asked)
+                self._wait_on_device(job.prompt_read)
 
     def _laid(self, items: Sequence[Item]) -> Sequence[Chunk]:
         keys = [item.key() for item in items]

@@ -457,7 +457,8 @@ class EMAManager:
             ValueError: As :meth:`momentum_at`; an iteration below 0; a param was resized, or moved
                 to another device.
 
-            Nothing has changed when an error is raised.
+            Nothing has changed when an error is raised, but by an update of a host ema that has
+            failed beside the step: see :meth:`synchronize`.
         """
         i = (
             self._iteration
@@ -473,6 +474,9 @@ class EMAManager:
             self._apply(self._averages.momenta_at(i))
             self._num_updates += 1
         self._iteration = i + 1
+        if self._offload is not None:  # Once it counts: what was started goes on in any case.
+            is_fenced = self._overlap is not None or self._hooked_now() is not None
+            self._offload.fence("update", is_fenced)
         for call in self._after_update:
             call()
 
@@ -635,8 +639,7 @@ class EMAManager:
             raise
         if away and self._offload is not None:
             title = "a copy" if momenta is None else f"update {self._num_updates + 1}"
-            is_fenced = self._overlap is not None or self._hooked_now() is not None
-            self._offload.update(away, momenta, self._form, title, is_fenced)
+            self._offload.start(away, momenta, self._form, title)
         if plan._num_refreshes != num_refreshes:
             if self._overlap is not None:
                 self._overlap.wait()
@@ -921,6 +924,7 @@ class EMAManager:
                 f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
             )
         average = self._averages.index("copy_to", name)
+        self._settle("copy_to")
         _tracking.refuse_fsdp1(f"{_TITLE}.copy_to", model)
         tree = _tracking.read(model)
         members = {member.name: member for member in tree.members}
@@ -1001,6 +1005,7 @@ class EMAManager:
             ValueError: As making a manager; or a tensor is sharded otherwise than its average.
         """
         self._refuse_if_swapped("refresh")
+        self._settle("refresh")
         emas_of = [self._emas(k) for k in range(len(self._averages.names))]
         old = {slot.name: slot for slot in self._tracked.slots}
         tracked, frozen = self._track("refresh", self._tracked)
@@ -1049,6 +1054,7 @@ class EMAManager:
         """
         if self._into is not None:
             return self._counters()
+        self._settle("state_dict")
         places = range(len(self._averages.names))
         if not self._is_swapped:
             return self._packed([self._emas(k) for k in places], {})

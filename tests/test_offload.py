@@ -8,11 +8,13 @@ from functools import partial
 import pytest
 import torch
 from nets import assert_same, move, values_of
+from processes import forked, pythons
+from runs import needs_a_real_gpu
 from streams import Late
 from torch import nn
 
-from fused_ema import EMAManager, _offload, _slots, _streams
-from fused_ema.testing import DTYPE_PAIRS
+from fused_ema import EMAManager, _offload, _slots, _streams, ops
+from fused_ema.testing import DTYPE_PAIRS, assert_bits_equal
 
 WAYS = ("host", "device")
 KB = 1 / 1024
@@ -268,3 +270,336 @@ class Large(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.arange(9000.0))
         self.bias = nn.Parameter(torch.arange(9.0))
+
+
+# ---- what goes wrong
+
+
+def failing(monkeypatch, after):
+    """The kernels fail after so many chunks."""
+    calls = []
+
+    def update(*args):
+        calls.append(args)
+        if len(calls) > after:
+            raise MemoryError("no room")
+        real(*args)
+
+    real = ops._update
+    monkeypatch.setattr(ops, "_update", update)
+
+
+@pytest.mark.parametrize("call", ["update", "wait", "swap", "state_dict", "named_emas", "copy_to"])
+def test_an_error_of_the_thread_is_the_next_call_s(late, monkeypatch, call):
+    model = Large()
+    settings = {"averaged_on": "host", "staging_mb": STAGING_MB, "overlap": True}
+    ema = EMAManager(model, 0.5, device="cpu", **settings)
+    spoil(model, "params")
+    with monkeypatch.context() as patched:
+        failing(patched, after=3)
+        ema.update()
+        assert ema._offload._pending[0].done.wait(30)
+    calls = {
+        "named_emas": lambda: dict(ema.named_emas()),
+        "copy_to": lambda: ema.copy_to(Large()),
+    }
+    with pytest.raises(RuntimeError, match=f"{call}: update 1 failed beside the step") as caught:
+        calls.get(call, getattr(ema, call))()
+    assert "MemoryError: no room. Of 2 averages 0 have moved, half done is 'weight', the" in str(
+        caught
+    )
+    assert isinstance(caught.value.__cause__, MemoryError)
+    emas = dict(ema.named_emas())  # It is said once.
+    old = torch.arange(9000.0)
+    num_moved = int((emas["weight"][1:] != old[1:]).sum()) + 1
+    assert num_moved == 3 * 256
+    assert_bits_equal(emas["weight"][:num_moved], old[:num_moved] / 2)
+    assert_bits_equal(emas["bias"], torch.arange(9.0))
+    ema.reset()
+    ema.update()
+    assert_same(ema.named_emas(), values_of(model))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_device_that_is_lost(late, way):
+    model = Large()
+    settings = {"averaged_on": way, "staging_mb": STAGING_MB}
+    ema = EMAManager(model, 0.5, device="cpu", **settings)
+    late.lost = True
+
+    def update():
+        ema.update()
+        ema.synchronize()
+
+    with pytest.raises(RuntimeError, match="unspecified launch failure") as caught:
+        update()
+    told = {
+        "host": "0 have moved, the others are as they were",
+        "device": "which of these have moved or are half done can't be told: 'weight', 'bias'",
+    }
+    assert told[way] in str(caught.value)
+    late.lost = False
+    assert ema.num_updates == 1
+    ema.update()
+    ema.synchronize()
+
+
+def test_a_fork_does_not_wait_for_its_parent_s_thread(late):
+    model = Large()
+    settings = {"averaged_on": "host", "staging_mb": STAGING_MB, "overlap": True}
+    ema = EMAManager(model, 0.5, device="cpu", **settings)
+    late.may_go_on.clear()
+    try:
+        ema.update()
+
+        def child():
+            try:
+                ema.synchronize()
+            except RuntimeError as error:
+                return str(error)
+
+        assert "its thread has ended, as where a process has forked" in forked(child)
+    finally:
+        late.may_go_on.set()
+    ema.synchronize()
+
+
+def test_an_exit_waits_for_no_more_than_the_update():
+    code = """
+import os, torch
+from fused_ema import EMAManager, _slots
+_slots.needs_stage = lambda ema_device, param_device: True
+model = torch.nn.Linear(2000, 2000)
+ema = EMAManager(model, 0.5, device="cpu", overlap=True, staging_mb=0.1)
+for _ in range(3):
+    ema.update()
+"""
+    ends = ("", "del ema", "os._exit(0)")
+    assert pythons(*(code + end for end in ends)) == [(0, "", "")] * len(ends)
+
+
+def test_an_interrupt_leaves_the_update_to_the_thread(late, monkeypatch):
+    model = Large()
+    ema = EMAManager(model, 0.5, device="cpu", averaged_on="host", staging_mb=STAGING_MB)
+    spoil(model, "params")
+
+    def interrupted(self, job, event):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_offload.Offload, "_wait_on_host", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ema.update()
+    assert_bits_equal(dict(ema.named_emas())["weight"], torch.arange(9000.0) / 2)
+    assert (ema.iteration, ema.num_updates) == (1, 1)
+
+
+def test_bad_input(late):
+    model = Large()
+    for staging_mb in (0, -1, 1e-4, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"staging_mb is .* need at least 768 bytes"):
+            EMAManager(model, device="cpu", staging_mb=staging_mb)
+    with pytest.raises(ValueError, match="for 3 averages need at least 2304 bytes"):
+        EMAManager(model, {"a": 0.1, "b": 0.2, "c": 0.3}, device="cpu", staging_mb=0.002)
+    with pytest.raises(TypeError, match="staging_mb is a str"):
+        EMAManager(model, device="cpu", staging_mb="12")
+    with pytest.raises(ValueError, match="averaged_on is 'gpu'; choose 'auto', 'host' or 'device'"):
+        EMAManager(model, device="cpu", averaged_on="gpu")
+
+
+def test_an_iteration_without_an_update_does_nothing(late):
+    ema = EMAManager(Large(), 0.5, interval=3, device="cpu", staging_mb=STAGING_MB)
+    for iteration in range(2):
+        ema.update()
+        assert ema._offload._thread is None, iteration
+    ema.update()
+    assert ema._offload._thread.is_alive()
+
+
+def test_params_that_are_converted(late):
+    model, twin = Model(), Model()
+    plain = plain_of(late, twin)
+    ema = EMAManager(model, 0.25, device="cpu", staging_mb=STAGING_MB)
+    for step in range(4):
+        if step == 2:
+            for p in (*model.parameters(), *twin.parameters()):
+                p.data = p.data.to(torch.bfloat16)
+        on_main(late, model, step)
+        ema.update()
+        late.drain()
+        move(twin, step)
+        plain.update()
+    assert_same(ema.named_emas(), dict(plain.named_emas()))
+    with torch.no_grad():
+        model.large.data = model.large.data.to(torch.float64)
+    with pytest.raises(TypeError, match=r"'large' is torch\.float64 now"):
+        ema.update()
+
+
+# ---- emas on the device, updated beside the step
+
+
+@pytest.mark.parametrize("has_fence", [True, False])
+@pytest.mark.parametrize("averages", [0.25, {"a": 0.25, "b": 0.125}], ids=["one", "two"])
+def test_an_update_beside_the_step(late, averages, has_fence):
+    late.is_there = False
+    model, twin = Large(), Large()
+    ema = EMAManager(model, averages, overlap=True)
+    plain = EMAManager(twin, averages)
+    for step in range(4):
+        on_main(late, model, step)
+        ema.update()
+        if has_fence:
+            ema.wait()
+        late.run(late.main, partial(spoil, model, "params"))
+        late.drain()
+        move(twin, step)
+        plain.update()
+        late.run(late.main, partial(restore, model, twin))
+        late.drain()
+    ema.wait()
+    late.drain()
+    names = plain.averages or (None,)
+    found, wanted = ([dict(e.named_emas(name)) for name in names] for e in (ema, plain))
+    late.drain()
+    is_same = [
+        torch.equal(f[name], w[name]) for f, w in zip(found, wanted, strict=True) for name in w
+    ]
+    assert all(is_same) == has_fence
+
+
+@pytest.mark.parametrize("buffers", ["average", "copy"])
+def test_beside_the_step_buffers_are_read_at_once(late, buffers):
+    late.is_there = False
+    model, twin = Model(torch.bfloat16), Model(torch.bfloat16)
+    model.last.requires_grad_(False)
+    ema = EMAManager(model, 0.25, overlap=True, buffers=buffers, begin=1)
+    plain = EMAManager(twin, 0.25, buffers=buffers, begin=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema.register_step_post_hook(optimizer)
+    for step in range(5):
+        move(model, step)
+        optimizer.step()
+        spoil(model, "buffers")
+        with torch.no_grad():
+            model.last.zero_()
+        move(twin, step)
+        plain.update()
+        restore(model, twin)
+        ema.wait()
+        late.drain()
+        with ema.swapped(), plain.swapped():
+            assert_same(model.state_dict(), twin.state_dict())
+    assert_same(ema.named_emas(), dict(plain.named_emas()))
+
+
+def test_overlap_of_params_on_the_cpu_does_nothing():
+    model, twin = Large(), Large()
+    ema, plain = EMAManager(model, 0.25, overlap=True), EMAManager(twin, 0.25)
+    for each in (model, twin):
+        spoil(each, "params")
+    for manager in (ema, plain):
+        manager.update()
+        manager.wait()
+        manager.synchronize()
+    assert_same(ema.named_emas(), dict(plain.named_emas()))
+
+
+# ---- on a GPU
+
+
+class Deep(nn.Module):
+    """Of 8 MB, which pass through 0.75 MB of staging in many chunks."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(*(nn.Linear(500, 500) for _ in range(8)))
+        self.norm = nn.BatchNorm1d(500)
+        self.to("cuda", dtype)
+
+
+def shift(model, by):
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(by)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_on_a_gpu_the_device_has_no_more_than_the_staging(way, dtype):
+    model, twin = Deep(dtype), Deep(dtype)
+    plain = EMAManager(twin, 0.25)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ema = EMAManager(model, 0.25, device="cpu", staging_mb=0.75, averaged_on=way)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema.register_step_post_hook(optimizer)
+    for step in range(3):
+        shift(model, 0.125 * step)
+        optimizer.step()
+        shift(twin, 0.125 * step)
+        plain.update()
+    state = ema.state_dict()["ema"]
+    raw = values_of(twin)
+    with ema.swapped():
+        peak = torch.cuda.max_memory_allocated() - before
+        found = {name: t.cpu() for name, t in model.state_dict().items()}
+    with plain.swapped():
+        assert_same(found, {name: t.cpu() for name, t in twin.state_dict().items()})
+    assert_same(state, {name: t.cpu() for name, t in plain.named_emas()})
+    assert_same(model.state_dict(), raw)
+    assert all(t.device.type == "cpu" for t in state.values())
+    # And a buffer of PyTorch's for what a copy of a scalar or of the tables' bytes may want.
+    assert peak <= 0.75 * 2**20 + 2**16
+
+
+@pytest.mark.cuda
+@needs_a_real_gpu
+@pytest.mark.parametrize("where", ["overlap", *WAYS])
+def test_on_a_gpu_a_write_waits_for_the_update(where):
+    model, twin = Deep(), Deep()
+    plain = EMAManager(twin, 0.25)
+    settings = {} if where == "overlap" else {"device": "cpu", "averaged_on": where}
+    ema = EMAManager(model, 0.25, overlap=True, **settings)
+    ema.update()  # Kernels are loaded by their first launch, which may wait.
+    plain.update()
+    ema.synchronize()
+    side = ema._overlap._sides if where == "overlap" else ema._offload._stagings
+    for step in range(3):
+        shift(model, step)
+        for each in side.values():
+            for stream in [each.stream] if where == "overlap" else [each.down, each.work]:
+                with torch.cuda.stream(stream):
+                    torch.cuda._sleep(30_000_000)
+        ema.update()
+        ema.wait()
+        shift(model, 1000.0)
+        shift(twin, step)
+        plain.update()
+        shift(twin, 1000.0)
+    assert_same(
+        {name: t.cpu() for name, t in ema.named_emas()},
+        {name: t.cpu() for name, t in plain.named_emas()},
+    )
+
+
+@pytest.mark.cuda
+def test_on_a_gpu_a_graph_captures_no_host_ema_and_no_overlap():
+    model = Large().cuda()
+    host = EMAManager(model, 0.25, device="cpu")
+    beside = EMAManager(model, 0.25, overlap=True)
+    before = model.weight.detach().clone()
+    shift(model, 1.0)
+    beside.update()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        beside.update()
+        with pytest.raises(RuntimeError, match="a graph is being captured on cuda:0"):
+            host.update()
+    graph.replay()
+    want = before.lerp(model.weight, 0.25).lerp(model.weight, 0.25)
+    assert_bits_equal(dict(beside.named_emas())["weight"], want)
