@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fused_ema
 from bench import report, timer
 from fused_ema.__main__ import number
+from fused_ema.manager import AveragedOn
 
 MOMENTUM = 0.125  # Exact, and far above the rounding: a way that does nothing fails its check.
 PAIRS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,13 +75,14 @@ def make_ways(model: nn.Module) -> dict[str, Way]:
     """Each with emas of its own, in fp32."""
     params = [param.detach() for param in model.parameters()]
     size = params[0].element_size()
-    ways = {}
-    for where, link_bytes in (("host", size), ("device", 8)):
+    ways: dict[str, Way] = {}
+    made: tuple[tuple[AveragedOn, int], ...] = (("host", size), ("device", 8))
+    for where, link_bytes in made:
         manager = fused_ema.EMAManager(
             model,
             MOMENTUM,
             device="cpu",
-            averaged_on=where,  # type: ignore[arg-type]
+            averaged_on=where,
             overlap=True,
         )
         emas = [ema for _, ema in manager.named_emas()]
@@ -118,7 +120,7 @@ def _wait() -> None:
 @torch.no_grad()
 def check(way: Way, model: nn.Module) -> str:
     """Runs a way once and says what is wrong; empty if nothing is."""
-    params = list(model.parameters())
+    params: list[Tensor] = list(model.parameters())
     torch._foreach_add_(params, 1.0)
     _wait()
     before = [ema.double() for ema in way.emas]

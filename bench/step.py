@@ -22,6 +22,7 @@ import fused_ema
 from bench import report, timer
 from bench.providers import captured
 from fused_ema.__main__ import number
+from fused_ema.manager import AveragedOn
 
 # 1/8 is exact, and far above the rounding: a way that does nothing fails its check.
 MOMENTUM = 0.125
@@ -253,18 +254,22 @@ def make_ways(training: Training) -> dict[str, Way]:
     ways["side stream"] = way(
         "EMAManager.update on a stream of its own", on_the_side, managed, wait_for_the_side
     )
-    for key, title, more in (
-        ("overlap", "EMAManager(overlap=True)", {}),
-        ("host ema", "EMAManager(device='cpu'), by the device", {"averaged_on": "device"}),
-        ("host ema by host", "EMAManager(device='cpu'), by the host", {"averaged_on": "host"}),
-    ):
-        place = {"device": "cpu"} if more else {}
+    made: tuple[tuple[str, str, str | None, AveragedOn], ...] = (
+        ("overlap", "EMAManager(overlap=True)", None, "auto"),
+        ("host ema", "EMAManager(device='cpu'), by the device", "cpu", "device"),
+        ("host ema by host", "EMAManager(device='cpu'), by the host", "cpu", "host"),
+    )
+    for key, title, place, where in made:
         beside = fused_ema.EMAManager(
-            training.model, MOMENTUM, skip_buffers=True, overlap=True, **place, **more
+            training.model,
+            MOMENTUM,
+            skip_buffers=True,
+            overlap=True,
+            device=place,
+            averaged_on=where,
         )
         emas = [ema for _, ema in beside.named_emas()]
-        made = way(title, beside.update, emas, beside.wait)
-        ways[key] = replace(made, wait=beside.synchronize)
+        ways[key] = replace(way(title, beside.update, emas, beside.wait), wait=beside.synchronize)
     plan = fused_ema.Plan(managed, params)
     momentum = torch.tensor(MOMENTUM, dtype=torch.float64, device=training.device)
     for name, title, average, averaged in (

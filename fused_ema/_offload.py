@@ -150,10 +150,10 @@ def pinned_or_not(size: int, dtype: torch.dtype) -> tuple[Tensor, str]:
     """Memory of the host, pinned where it can be; else why it isn't."""
     with torch.inference_mode(False):
         try:
-            return torch.empty(size, dtype=dtype, pin_memory=True), ""
+            return torch.empty(size, dtype=dtype, device="cpu", pin_memory=True), ""
         except (RuntimeError, NotImplementedError) as error:
             why = str(error).partition("\n")[0]
-            return torch.empty(size, dtype=dtype), why
+            return torch.empty(size, dtype=dtype, device="cpu"), why
 
 
 @dataclass(eq=False)

@@ -33,6 +33,7 @@ from fused_ema import (
     _tracking,
 )
 from fused_ema._foreach import check_form, dtype_name, has_plain_memory, holds
+from fused_ema._offload import AveragedOn as AveragedOn
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -211,7 +212,7 @@ class EMAManager:
         telemetry: bool | int = False,
         overlap: bool = False,
         staging_mb: float = 12,
-        averaged_on: _offload.AveragedOn = "auto",
+        averaged_on: AveragedOn = "auto",
         decay: None = None,
     ) -> None:
         if decay is not None:
@@ -1275,7 +1276,8 @@ class EMAManager:
             so_far: The tree isn't current, as is_current_so_far() has just said.
         """
         self._refuse_if_unfrozen(op)
-        self._settle(op)
+        if op != "update":  # One that was started has the tensors that it needs.
+            self._settle(op)
         tracked = self._tracked
         if tracked.tree.units.reshard(f"{_TITLE}.{op}"):
             so_far = False
