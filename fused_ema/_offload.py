@@ -595,11 +595,11 @@ class _Pass:
         num_bytes = chunk.length * chunk.away_dtype.itemsize
         buffer = self._ring.take(num_bytes, self._apply).view(chunk.away_dtype)
         if len(params) <= _MOST_COPIES or chunk.away_dtype == torch.uint8:
-            parts = [piece.part_in(buffer) for piece in chunk.pieces]
+            parts = chunk.parts_in(buffer)
             pairs = list(zip(parts, params, strict=True))
         else:
             gathered = _as(self._staging.on_device(0), chunk.away_dtype, chunk.length)
-            parts = [piece.part_in(gathered) for piece in chunk.pieces]
+            parts = chunk.parts_in(gathered)
             self._streams.run(down, partial(copy, parts, params))
             pairs = [(buffer, gathered)]
         self._staging.copy(down, pairs)
@@ -613,12 +613,12 @@ class _Pass:
         """Brings the averages of the oldest chunk up to date."""
         chunk, buffer, arrived = self._waiting[0]
         self._streams.synchronize(arrived)
-        values = [piece.part_in(buffer) for piece in chunk.pieces]
-        emas = [piece.hosts for piece in chunk.pieces]
-        if len(emas[0]) > 1:  # The second may fail where the first has moved.
+        values = chunk.parts_in(buffer)
+        emas = list(zip(*(piece.hosts for piece in chunk.pieces), strict=True))
+        if len(emas) > 1:  # The second may fail where the first has moved.
             self._job.in_flight.append(chunk)
         _move_averages(self._job, chunk, emas, values)
-        if len(emas[0]) > 1:
+        if len(emas) > 1:
             self._job.in_flight.remove(chunk)
         self._job.applied.append(chunk)
         self._waiting.popleft()
@@ -647,7 +647,7 @@ class _Pass:
             for there, here in zip(buffers, run.hosts, strict=True)
         ]
         params = _params_of(self._job.items, chunk)
-        emas = [[piece.part_in(each) for each in buffers] for piece in chunk.pieces]
+        emas = [chunk.parts_in(each) for each in buffers]
         self._job.in_flight.append(chunk)
         staging.copy(staging.up, runs)
         streams.wait(staging.work, streams.record(staging.up))
@@ -675,7 +675,7 @@ def _bring(job: _Job, stagings: dict[torch.device, _Staging]) -> None:
         num_bytes = chunk.length * chunk.away_dtype.itemsize
         memory = rings[chunk.device].take(num_bytes, partial(free, chunk.device))
         buffer = memory.view(chunk.away_dtype)
-        parts = [piece.part_in(buffer) for piece in chunk.pieces]
+        parts = chunk.parts_in(buffer)
         copy(parts, [piece.hosts[0] for piece in chunk.pieces])
         params = _params_of(job.items, chunk)
         if len(params) <= _MOST_COPIES or chunk.away_dtype == torch.uint8:
@@ -683,7 +683,7 @@ def _bring(job: _Job, stagings: dict[torch.device, _Staging]) -> None:
         else:
             there = _as(staging.on_device(0), chunk.away_dtype, chunk.length)
             staging.copy(staging.up, [(there, buffer)])
-            parts = [piece.part_in(there) for piece in chunk.pieces]
+            parts = chunk.parts_in(there)
             staging.streams.run(staging.up, partial(copy, params, parts))
         written[chunk.device].append(staging.streams.record(staging.up))
     for device, events in written.items():
@@ -705,9 +705,8 @@ def _as(buffer: Tensor, dtype: torch.dtype, length: int) -> Tensor:
 def _move_averages(
     job: _Job, chunk: Chunk, emas: Sequence[Sequence[Tensor]], params: Sequence[Tensor]
 ) -> None:
-    """Averages parts of tensors, each with all of its emas."""
-    for k in range(len(emas[0])):
-        its = [several[k] for several in emas]
+    """Brings each average of some parts of tensors up to date."""
+    for k, its in enumerate(emas):
         if job.momenta is None or not chunk.is_average:
             copy(its, params)
         else:
