@@ -493,7 +493,10 @@ def _list() -> None:
 
 # The first word chooses, without one it is "ops"; every other has a module of its name, those for a
 # GPU in bench/gpu.
-COMMANDS = ("ops", "train", "posthoc", "averages", "manager", "teacher", "step", "host", "scale")
+COMMANDS = (
+    *("ops", "train", "posthoc", "averages", "manager", "teacher", "step", "offload", "host"),
+    "scale",
+)
 GPU_COMMANDS = ("launches", "variants", "counters", "verdict")
 
 

@@ -3,15 +3,16 @@
 Two stacks in bf16 autocast with a fused AdamW: ViT-L/16 on images, and blocks of Llama 3 8B on
 hidden states. One model and one optimizer serve all ways of averaging, which take turns (see
 bench/timer.py): without any, by the plain loop, by torch._foreach, by the manager, by the manager
-on a stream of its own that the next optimizer step waits for, and the whole step as a captured CUDA
-graph without and with the average in it, by a plan, and by a manager that has its schedule on the
-device. Each is first checked against `lerp`. A time is that of several steps from an idle GPU to an
-idle GPU, over their number.
+on a stream of its own that the next optimizer step waits for (by hand, and by `overlap=True`), into
+the host's memory in both ways, and the whole step as a captured CUDA graph without and with the
+average in it, by a plan, and by a manager that has its schedule on the device. Each is first
+checked against `lerp`. A time is that of several steps from an idle GPU to an idle GPU, over their
+number.
 """
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ import fused_ema
 from bench import report, timer
 from bench.providers import captured
 from fused_ema.__main__ import number
+from fused_ema.manager import AveragedOn
 
 # 1/8 is exact, and far above the rounding: a way that does nothing fails its check.
 MOMENTUM = 0.125
@@ -193,12 +195,14 @@ class Way:
         step: Runs one.
         ema: What it averages into, in the order of the params; empty where it doesn't.
         beside: The way without averaging that it is compared with.
+        wait: Returns once the average is there.
     """
 
     title: str
     step: Callable[[], object]
     ema: Sequence[Tensor] = ()
     beside: str = "off"
+    wait: Callable[[], object] = lambda: None
 
 
 def make_ways(training: Training) -> dict[str, Way]:
@@ -252,6 +256,22 @@ def make_ways(training: Training) -> dict[str, Way]:
     ways["side stream"] = way(
         "EMAManager.update on a stream of its own", on_the_side, managed, wait_for_the_side
     )
+    made: tuple[tuple[str, str, str | None, AveragedOn], ...] = (
+        ("overlap", "EMAManager(overlap=True)", None, "auto"),
+        ("host ema", "EMAManager(device='cpu'), by the device", "cpu", "device"),
+        ("host ema by host", "EMAManager(device='cpu'), by the host", "cpu", "host"),
+    )
+    for key, title, place, where in made:
+        beside = fused_ema.EMAManager(
+            training.model,
+            MOMENTUM,
+            skip_buffers=True,
+            overlap=True,
+            device=place,
+            averaged_on=where,
+        )
+        emas = [ema for _, ema in beside.named_emas()]
+        ways[key] = replace(way(title, beside.update, emas, beside.wait), wait=beside.synchronize)
     scheduled = fused_ema.EMAManager(
         training.model, MOMENTUM, skip_buffers=True, capturable=_CAPTURABLE
     )
@@ -283,13 +303,15 @@ def check(way: Way, params: Sequence[Tensor]) -> str:
     before = {i: way.ema[i].clone() for i in chosen | {len(params) - 1} if way.ema}
     was = params[0].clone()
     way.step()
+    way.wait()
     if params[0].device.type == "cuda":
         torch.cuda.synchronize()
     if torch.equal(was, params[0]):
         return "the step changed no weight"
     for i, ema in before.items():
-        right = ema.double().lerp_(params[i].double(), MOMENTUM)
-        bound = (ema.double().abs() + params[i].double().abs()) * 2.0**-22
+        param = params[i].to(ema.device, torch.float64)
+        right = ema.double().lerp_(param, MOMENTUM)
+        bound = (ema.double().abs() + param.abs()) * 2.0**-22
         if not ((way.ema[i].double() - right).abs() <= bound).all():
             return f"the average of tensor {i} is off"
     return ""

@@ -44,6 +44,8 @@ class Slot:
         stage: Where the ema is on another device: room for those values there.
         param_device: Where the param was when the ema was made.
         given: What is averaged in the param's place; None for the param itself.
+        is_away: Whether the ema is in the host's memory and the param on a device, without a
+            stage: neither a plan nor torch averages or copies it (fused_ema._offload does).
         in_plan: Whether a plan averages or copies it. Not what is assigned anew in each step, for
             which the plan would be made anew each time.
         target: The teacher's, which the ema is; None where the manager has made it.
@@ -57,10 +59,11 @@ class Slot:
     param_device: torch.device
     given: Tensor | None = None
     target: Member | None = None
+    is_away: bool = False
     in_plan: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.in_plan = not self.is_inference_buffer() and (
+        self.in_plan = not (self.is_away or self.is_inference_buffer()) and (
             self.kind == "average"
             or (
                 self.kind == "copy"
@@ -116,7 +119,13 @@ class Slot:
     def exchanges(self) -> bool:
         """Whether a swap can exchange the two in place without losing a bit."""
         # Not where the plan, which takes all of its pairs, has something else than the param.
-        return self.given is None and self.ema.dtype == self.param.dtype and self.stage is None
+        is_elsewhere = self.is_away or self.stage is not None
+        return self.given is None and self.ema.dtype == self.param.dtype and not is_elsewhere
+
+    @property
+    def is_prompt(self) -> bool:
+        """Whether something else than an optimizer may write the param: before its next step."""
+        return not any(m.tensor.requires_grad and not m.is_buffer for m in self.members)
 
     def is_inference_buffer(self) -> bool:
         """Whether it was assigned anew in inference mode, outside of which nothing may write it."""
@@ -143,8 +152,10 @@ class Tracked:
         members: The tracked ones, in the model's order.
         slots: Of these members; tied ones share one.
         averaged: Slots to average at each update; by the plan, but for those that are loose.
-        copied: Slots to copy at each update.
-        followed: Slots to copy before the first average; the plan copies the averaged ones.
+        copied: Slots to copy at each update, but for those that are away.
+        followed: Slots to copy before the first average, but for those that are away; the plan
+            copies the averaged ones.
+        has_away: Whether there are any that are away.
         staged: Averaged slots whose param must be brought to the ema's device.
         tied: Slots whose members are several tensors over one memory, which a conversion or a
             move of the model may part.
@@ -166,10 +177,11 @@ class Tracked:
         self.members = list(members)
         self.slots = slots
         self.averaged = [slot for slot in slots if slot.kind == "average"]
-        self.copied = [slot for slot in slots if slot.kind == "copy"]
-        self.followed = [slot for slot in slots if slot.kind != "average"]
+        self.copied = [slot for slot in slots if slot.kind == "copy" and not slot.is_away]
+        self.followed = [slot for slot in slots if slot.kind != "average" and not slot.is_away]
+        self.has_away = any(slot.is_away for slot in slots)
         self.staged = [slot for slot in self.averaged if slot.stage is not None]
-        self.loose = [slot for slot in self.averaged if not slot.in_plan]
+        self.loose = [slot for slot in self.averaged if not (slot.in_plan or slot.is_away)]
         self.loose_copied = [slot for slot in self.copied if not slot.in_plan]
         self.tied = [slot for slot in slots if any(m.local is not slot.param for m in slot.members)]
         self.teacher = teacher
@@ -215,7 +227,16 @@ class Tracked:
 
         Raises what making a plan raises.
         """
+        return self._plan_of([slot for slot in self.averaged if slot.in_plan])
+
+    @cached_property
+    def parted_plans(self) -> tuple[Plan, Plan]:
+        """Plans of what others than an optimizer may write, and of the rest."""
         planned = [slot for slot in self.averaged if slot.in_plan]
+        prompt = [slot for slot in planned if slot.is_prompt]
+        return self._plan_of(prompt), self._plan_of([s for s in planned if not s.is_prompt])
+
+    def _plan_of(self, planned: Sequence[Slot]) -> Plan:
         emas = [[slot.emas[k] for slot in planned] for k in range(self.num_averages)]
         plan = Plan(
             emas if self.num_averages > 1 else emas[0],
@@ -229,6 +250,7 @@ class Tracked:
         """It is made anew where it is wanted."""
         self.repeated = None
         self.__dict__.pop("plan", None)
+        self.__dict__.pop("parted_plans", None)
 
     @cached_property
     def _copies(self) -> Any:
@@ -330,12 +352,20 @@ class Tracked:
         if not self.loose and self.num_averages == 1:
             self.plan._update(momenta[0], form)
             return
+        self.plan._check()
+        self.average_loose(momenta, form)
+        self.run(self.plan, momenta, form)
+
+    def run(self, plan: Plan, momenta: Sequence[float], form: Form) -> None:
+        """An update by a plan of these slots, with a momentum for each average."""
+        plan._update(momenta[0] if self.num_averages == 1 else momenta, form)
+
+    def average_loose(self, momenta: Sequence[float], form: Form) -> None:
+        """Averages those that no plan has."""
         if self.loose:
-            self.plan._check()
             sources = [slot.source for slot in self.loose]
             for k, momentum in enumerate(momenta):
                 ops._update([slot.emas[k] for slot in self.loose], sources, momentum, form)
-        self.plan._update(momenta[0] if self.num_averages == 1 else momenta, form)
 
     def _replace(self) -> None:
         """Copies the averaged ones: a teacher that has got infinite goes on, too."""
@@ -397,6 +427,7 @@ class Tracked:
             slot
             for slot in self.averaged
             if slot.stage is None
+            and not slot.is_away
             and slot.target is None
             and slot.ema.stride() != slot.followed.stride()
             and slot.ema.shape == slot.followed.shape
@@ -583,12 +614,15 @@ class Policy:
         device: Of all emas; None for the param's.
         buffers: What becomes of each buffer.
         num_averages: That are kept of each averaged tensor.
+        allocate_away: Makes emas in the host's memory for params on a device, of these and of
+            dtypes; None where they are to have stages.
     """
 
     ema_dtype: torch.dtype | Literal["param"] | None
     device: torch.device | None
     buffers: Buffers
     num_averages: int = 1
+    allocate_away: Callable[[Sequence[Tensor], Sequence[torch.dtype]], list[Tensor]] | None = None
 
     def __post_init__(self) -> None:
         known = sorted({dtype_name(ema) for ema, _ in DTYPE_PAIRS})
@@ -705,22 +739,36 @@ class Policy:
         }
         kept |= {i: [target.local] for i, target in enumerate(targets) if target is not None}
         new = [i for i in range(len(groups)) if i not in kept]
+        elsewhere = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
+        away = {
+            i
+            for i in elsewhere
+            if self.allocate_away is not None
+            and shows_its_memory(params[i])
+            and shows_its_memory(followed[i])
+        }
         # An allocation for each average: a swap and a snapshot take one.
         made = []
         for k in range(self.num_averages):
             own = [i for i in new if k == 0 or kinds[i] == "average"]
+            here = [i for i in own if i not in away]
+            there = [i for i in own if i in away]
             fresh = _storage.allocate(
-                [followed[i] for i in own], [dtypes[i] for i in own], [devices[i] for i in own]
+                [followed[i] for i in here], [dtypes[i] for i in here], [devices[i] for i in here]
             )
-            made.append(dict(zip(own, fresh, strict=True)))
+            if self.allocate_away is not None:
+                fresh += self.allocate_away(
+                    [followed[i] for i in there], [dtypes[i] for i in there]
+                )
+            made.append(dict(zip(here + there, fresh, strict=True)))
         emas = kept | {i: [its.get(i, made[0][i]) for its in made] for i in new}
-        away = [i for i, p in enumerate(params) if needs_stage(devices[i], p.device)]
+        staged = [i for i in elsewhere if i not in away]
         stages = _storage.allocate(
-            [followed[i] for i in away],
-            [followed[i].dtype for i in away],
-            [devices[i] for i in away],
+            [followed[i] for i in staged],
+            [followed[i].dtype for i in staged],
+            [devices[i] for i in staged],
         )
-        stage_of = dict(zip(away, stages, strict=True))
+        stage_of = dict(zip(staged, stages, strict=True))
         slots = [
             Slot(
                 tuple(group),
@@ -730,6 +778,7 @@ class Policy:
                 params[i].device,
                 given[i],
                 targets[i],
+                i in away,
             )
             for i, group in enumerate(groups)
         ]
@@ -837,10 +886,19 @@ def needs_stage(ema_device: torch.device, param_device: torch.device) -> bool:
     return ema_device != param_device
 
 
+def shows_its_memory(tensor: Tensor) -> bool:
+    """Whether its memory is its own and holds the values that it shows."""
+    return has_plain_memory(tensor) and not (tensor.is_conj() or tensor.is_neg())
+
+
 def room_for_raw(slots: Sequence[Slot]) -> list[Tensor]:
-    """Memory for the params of these slots; where there is a stage of their dtype, that."""
+    """Memory for the params of these slots; where there is a stage of their dtype, that.
+
+    What is away from its ema goes to where that is.
+    """
     stages = [s.stage if s.source.dtype == s.param.dtype else None for s in slots]
-    missing = [slot.param for slot, stage in zip(slots, stages, strict=True) if stage is None]
-    dtypes, devices = [p.dtype for p in missing], [p.device for p in missing]
-    made = iter(_storage.allocate(missing, dtypes, devices))
+    missing = [slot for slot, stage in zip(slots, stages, strict=True) if stage is None]
+    dtypes = [slot.param.dtype for slot in missing]
+    devices = [slot.ema.device if slot.is_away else slot.param.device for slot in missing]
+    made = iter(_storage.allocate([slot.param for slot in missing], dtypes, devices))
     return [next(made) if stage is None else stage for stage in stages]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, compress
 
 import torch
@@ -14,11 +14,14 @@ from fused_ema._foreach import DTYPE_PAIRS, EXCHANGE_PAIRS, has_plain_memory, is
 from fused_ema.plan import Plan
 
 # Each tensor starts on a boundary of this many bytes: a cache line of a GPU, and any vector.
-_ALIGNMENT_BYTES = 128
+ALIGNMENT_BYTES = 128
 
 
 def allocate(
-    like: Sequence[Tensor], dtypes: Sequence[torch.dtype], devices: Sequence[torch.device]
+    like: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    devices: Sequence[torch.device],
+    empty: Callable[..., Tensor] = torch.empty,
 ) -> list[Tensor]:
     """Makes a tensor for each of ``like``, all of a dtype and device in one allocation.
 
@@ -27,6 +30,7 @@ def allocate(
             One without memory of its own (a DTensor) gets an allocation of its own.
         dtypes: The dtype of each.
         devices: The device of each.
+        empty: Makes an allocation, as torch.empty does.
 
     Returns:
         Tensors with arbitrary values, each with a storage of its own over its part, so that one of
@@ -35,13 +39,13 @@ def allocate(
     sizes: dict[tuple[torch.dtype, torch.device], int] = {}
     offsets = []
     for tensor, dtype, device in zip(like, dtypes, devices, strict=True):
-        step = _ALIGNMENT_BYTES // dtype.itemsize
+        step = ALIGNMENT_BYTES // dtype.itemsize
         offsets.append(sizes.setdefault((dtype, device), 0))
         if has_plain_memory(tensor):
             sizes[dtype, device] += math.ceil(tensor.numel() / step) * step
     with torch.inference_mode(False):  # Tensors made in it could never be written outside of it.
         flat = {
-            (dtype, device): torch.empty(size, dtype=dtype, device=device)
+            (dtype, device): empty(size, dtype=dtype, device=device)
             for (dtype, device), size in sizes.items()
         }
         nothing = {key: torch.empty_like(whole[:0]) for key, whole in flat.items()}
@@ -153,7 +157,11 @@ def as_floats(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def copy(dst: Sequence[Tensor], src: Sequence[Tensor]) -> None:
     """Copies pairs of any dtypes and devices."""
-    pairs = list(zip(dst, src, strict=True))
+    # To the host in its own dtype: a device would convert a whole tensor in memory of its own.
+    pairs = [
+        (d, s.to(d.device) if d.is_cpu and not s.is_cpu and d.dtype != s.dtype else s)
+        for d, s in zip(dst, src, strict=True)
+    ]
     is_fast = [d.device == s.device and (d.dtype, s.dtype) in EXCHANGE_PAIRS for d, s in pairs]
     fast = list(compress(pairs, is_fast))
     # First, since it may want memory for its tables; a copy within one dtype and device wants none.

@@ -24,6 +24,8 @@ from fused_ema import (
     _named_state,
     _notes,
     _observed,
+    _offload,
+    _overlap,
     _repeat,
     _shards,
     _slots,
@@ -35,6 +37,7 @@ from fused_ema import (
     _tracking,
 )
 from fused_ema._foreach import check_form, dtype_name, has_plain_memory, holds
+from fused_ema._offload import AveragedOn as AveragedOn
 from fused_ema._tracking import BufferMode
 from fused_ema.ops import Form
 from fused_ema.schedules import Schedule
@@ -106,8 +109,11 @@ class EMAManager:
             buffers too, at every iteration whatever the interval.
         ema_dtype: Of averaged tensors: a dtype, ``"param"`` for each param's own, or None for
             float32 where the param is bfloat16 or float16 and the param's own elsewhere.
-        device: Of the emas; None for each param's own. On another device than the param's an
-            update first copies the param there, and waits for it.
+        device: Of the emas; None for each param's own. With ``"cpu"`` and params on a device they
+            are host emas: updates go through staging of a bounded size, on a thread and on streams
+            of their own, and no param is copied as a whole. ``docs/offload.md``. With ``into``,
+            ``nonfinite`` or ``telemetry``, and on any other device than the param's, an update
+            first copies all params there, and waits for it.
         copy_buffers: The same as ``buffers="copy"``.
         skip_frozen: Leave parameters out that don't require a gradient now. One that requires it
             later is an error until :meth:`refresh`; one that is frozen later stays tracked.
@@ -149,6 +155,19 @@ class EMAManager:
             called ahead for all of them, now. Takes 8 bytes an iteration for each average and 8
             more, on the model's device. On the CPU, where nothing is captured, it does the same.
             ``docs/captured.md``.
+        overlap: Run updates beside the step, on a stream of their own on each device. Before the
+            parameters are written the device has to wait for them: the hook of
+            :meth:`register_step_post_hook` sees to it, or call :meth:`wait` before each
+            ``optimizer.step()``. What others than an optimizer write (buffers, what requires no
+            gradient) is averaged in the current stream. Of params on the CPU, with ``into``,
+            ``nonfinite`` or ``telemetry``, and inside of a captured graph it does nothing. Host
+            emas with that hook are updated beside the step in any case.
+        staging_mb: Of host emas: MB (2**20 bytes) for buffers on each device, and as much in the
+            host's memory. With more, the host's way below has to wait less before a step.
+        averaged_on: Of host emas, who computes: ``"device"``, through the staging, so that the
+            ema's bytes cross the link both ways; or ``"host"``, so that the params' bytes cross it
+            once. ``"auto"`` takes for each tensor the one with fewer bytes over the link, one way:
+            the host for params that are narrower than their emas, and for several averages.
         decay: Not taken; the error says which momentum it is.
 
     Raises:
@@ -158,7 +177,8 @@ class EMAManager:
             matches nothing, a parameter that isn't initialised yet or is on the meta device,
             expanded tensors, tensors that overlap, a model that FSDP1 shards, DTensors with
             Partial placements, parameters that ZeRO-3 has partitioned; ranks that hold parts of a
-            model and differ; a teacher that doesn't fit, is trained or shares tensors with the
+            model and differ; staging for less than an aligned part of a tensor, an unknown
+            ``averaged_on``; a teacher that doesn't fit, is trained or shares tensors with the
             model: one error that lists what, and nothing is written. Of a sharded model what is
             wrong on one rank is the same error on all.
         RuntimeError: FSDP2 is in the middle of a forward or backward, as in each call that follows;
@@ -201,6 +221,9 @@ class EMAManager:
         nonfinite: _observed.Nonfinite = "propagate",
         telemetry: bool | int = False,
         capturable: int | None = None,
+        overlap: bool = False,
+        staging_mb: float = 12,
+        averaged_on: AveragedOn = "auto",
         decay: None = None,
     ) -> None:
         if decay is not None:
@@ -234,11 +257,18 @@ class EMAManager:
         if skip_buffers or copy_buffers:
             buffers = "skip" if skip_buffers else "copy"
         rules = _tracking.Buffers.parse("auto" if buffers is None else buffers)
+        place = None if device is None else _checks.device("EMAManager", device)
+        num_averages = len(averages.names)
+        # A teacher is read by forwards, and an observer reads the params itself: both have stages.
+        is_plain = into is None and self._observer is None
+        self._offload = _offload.parse(place, staging_mb, averaged_on, num_averages, is_plain)
+        self._overlap = _overlap.Overlap() if overlap and is_plain else None
         self._policy = _slots.Policy(
             ema_dtype,
-            None if device is None else _checks.device("EMAManager", device),
+            place,
             rules,
-            len(averages.names),
+            num_averages,
+            None if self._offload is None else self._offload.allocate,
         )
         self._selection = _tracking.Selection(
             rules,
@@ -431,14 +461,24 @@ class EMAManager:
         """
         slots = self._tracked.slots
         treatments = {member.name: slot.treatment for slot in slots for member in slot.members}
+        if self._offload is not None:
+            for slot in slots:
+                for member in slot.members:
+                    treatments[member.name] += self._offload.treatment(slot)
         return {member.name: treatments[member.name] for member in self._tracked.members}
 
     def __repr__(self) -> str:
         num_elements = sum(slot.members[0].tensor.numel() for slot in self._tracked.slots)
         tracked = self._tracked
-        others = {"copied": tracked.copied, "kept": [s for s in tracked.slots if s.kind == "keep"]}
+        kinds = {"copied": "copy", "kept": "keep"}
+        others = {
+            what: [slot for slot in tracked.slots if slot.kind == kind]
+            for what, kind in kinds.items()
+        }
         others["from sources"] = [slot for slot in tracked.slots if slot.given is not None]
         parts = "".join(f", {len(slots):,} {what}" for what, slots in others.items() if slots)
+        if self._offload is not None and tracked.has_away:
+            parts += f", {self._offload.text(tracked.slots)}"
         return (
             f"EMAManager({len(tracked.slots):,} tensors, {num_elements:,} elements{parts}, "
             f"{'' if self._into is None else f'into a {type(self._into.module).__name__}, '}"
@@ -482,7 +522,8 @@ class EMAManager:
             ValueError: As :meth:`momentum_at`; an iteration below 0; a param was resized, or moved
                 to another device.
 
-            Nothing has changed when an error is raised.
+            Nothing has changed when an error is raised, but by an update of a host ema that has
+            failed beside the step: see :meth:`synchronize`.
         """
         i = (
             self._iteration
@@ -502,6 +543,9 @@ class EMAManager:
             self._apply(self._averages.momenta_at(i))
             self._num_updates += 1
         self._iteration = i + 1
+        if self._offload is not None:  # Once it counts: what was started goes on in any case.
+            is_fenced = self._overlap is not None or self._hooked_now() is not None
+            self._offload.fence("update", is_fenced)
         for call in self._after_update:
             call()
 
@@ -585,6 +629,7 @@ class EMAManager:
 
         def before_step(index: int, stepping: Any) -> None:
             self._refuse_update("optimizer.step")
+            self.wait()
             rounds.before(index, stepping)
             now = _steps.heads(stepping)
             if len(now) != len(heads[index]) or any(map(is_not, now, heads[index])):
@@ -657,6 +702,8 @@ class EMAManager:
             tracked = self._follow("update", so_far=True)
         self._refuse_if_unfrozen("update")
         if tracked.feed is not None:
+            if self._overlap is not None:
+                self._overlap.wait()  # Where strides have changed it moves averages.
             self._tracked = tracked = tracked.fed("update")
         if tracked.staged and any(s.source.dtype != s.followed.dtype for s in tracked.staged):
             self._tracked = tracked = tracked.restaged()
@@ -667,29 +714,80 @@ class EMAManager:
             num_refreshes = plan._num_refreshes
             if staged := tracked.staged:
                 _storage.copy([slot.source for slot in staged], [slot.followed for slot in staged])
+            away = []
+            if tracked.has_away and self._offload is not None:
+                away = self._offload.prepare(tracked, "update", copies=momenta is None)
+            observer = self._observer
             if self._captured is not None:
                 self._captured.run(tracked, self._form, found_inf)
-            elif (observer := self._observer) is not None:
+            elif observer is not None:
                 if momenta is None:
                     observer.follow(tracked)
                 else:
                     tracked.update(momenta, self._form, observer.average)
             elif momenta is None:
+                if self._overlap is not None:
+                    self._overlap.wait()
                 tracked.follow()
+            elif self._overlap is not None:
+                tracked.update(momenta, self._form, self._overlap.average)
             else:
                 tracked.update(momenta, self._form)
         except (TypeError, ValueError, RuntimeError):
             tracked.check_geometry("update")  # Says it in the model's words.
             tracked.check_pairs("update")
             raise
+        if away and self._offload is not None:
+            title = "a copy" if momenta is None else f"update {self._num_updates + 1}"
+            self._offload.start(away, momenta, self._form, title)
         if plan._num_refreshes != num_refreshes:
+            if self._overlap is not None:
+                self._overlap.wait()
             _notes.plan_made_anew(plan)
             tracked.lay_anew()
         if tracked.teacher is not None:
             tracked.teacher.note_update()
-        if tracked.repeated is None and momenta is not None and observer is None:
+        is_plain = observer is None and self._overlap is None and not tracked.has_away
+        if tracked.repeated is None and momenta is not None and is_plain:
             frozen = [member.tensor for member in self._frozen]
             tracked.repeated = tracked.repeatable(self._form, frozen)
+
+    def wait(self) -> None:
+        """Makes what follows on the device wait for the last read of the params.
+
+        To be called before anything but a hooked optimizer writes parameters, or replaces or frees
+        them, where updates run beside the step: with ``overlap=True``, and with a host ema and
+        :meth:`register_step_post_hook`. The device waits; the host goes on, for a host ema once the
+        last read has been asked for. All methods of the manager do it by themselves, and the hook
+        before each step. Elsewhere it does nothing.
+
+        Raises:
+            RuntimeError: The last update of a host ema has failed; see :meth:`synchronize`.
+        """
+        if self._offload is not None:
+            self._offload.wait("wait")
+        if self._overlap is not None:
+            self._overlap.wait()
+
+    def synchronize(self) -> None:
+        """Waits until host emas have the values of the last update.
+
+        For who holds on to what :meth:`named_emas` or :meth:`state_dict` have returned: these wait
+        themselves, but for no update after them. Elsewhere it is :meth:`wait`.
+
+        Raises:
+            RuntimeError: An update of a host ema has failed beside the step. It says how, and which
+                averages have moved, which haven't, and of which only a part has. Whatever is called
+                next raises it, once.
+        """
+        self._settle("synchronize")
+
+    def _settle(self, op: str) -> None:
+        """Before averages are read or written, or params written."""
+        if self._offload is not None:
+            self._offload.synchronize(op)
+        if self._overlap is not None:
+            self._overlap.wait()
 
     # ---- for evaluation
 
@@ -765,7 +863,11 @@ class EMAManager:
         others = [i for i, slot in enumerate(slots) if not slot.exchanges()]
         # All that may fail for want of memory comes before the first write to the model.
         room = _slots.room_for_raw([slots[i] for i in others])
-        _storage.copy(room, [slots[i].param for i in others])
+        params = [slots[i].param.detach() for i in others]
+        if self._offload is None:
+            _storage.copy(room, params)
+        else:
+            self._offload.set_aside(room, params)
         writes = [
             _Write(slots[i].param, slots[i].emas[average], raw)
             for i, raw in zip(others, room, strict=True)
@@ -779,6 +881,7 @@ class EMAManager:
         self._places = [_place_of(slot.param) for slot in slots]
 
     def _swap_out(self, op: str) -> None:
+        self._settle(op)
         # An evaluation that was broken off leaves its parameters gathered.
         self._tracked.tree.units.reshard(f"{_TITLE}.{op}", by_force=True)
         lost = self._follow_buffers()
@@ -791,7 +894,8 @@ class EMAManager:
             writes.append(_Write(slots[i].param, raw, ema))
             is_statistic = slots[i].kind == "average" and slots[i].members[0].is_buffer
             # Not of a loaded state, beside which the model holds anything.
-            if is_statistic and slots[i].stage is None and self._places:
+            is_here = slots[i].stage is None and not slots[i].is_away
+            if is_statistic and is_here and self._places:
                 # Computed anew inside, as by update_bn, it belongs to the average.
                 is_same = (param == ema.to(param.dtype)) | (param.isnan() & ema.isnan())
                 writes[-1] = _Write(slots[i].param, raw, param.clone())
@@ -891,7 +995,11 @@ class EMAManager:
         written = [write.tensor for write in writes]
         try:
             exchange.run()
-            _storage.copy(written, [write.values for write in writes])
+            values = [write.values for write in writes]
+            if self._offload is None:
+                _storage.copy(written, values)
+            else:
+                self._offload.bring(written, values)
             tracked.note_write()
             self._aside = dict(aside) if is_swapped else {}
             self._set_swapped(is_swapped)
@@ -926,6 +1034,7 @@ class EMAManager:
                 f"{_TITLE}.copy_to: model is a {type(model).__name__}; pass a torch.nn.Module"
             )
         average = self._averages.index("copy_to", name)
+        self._settle("copy_to")
         _tracking.refuse_fsdp1(f"{_TITLE}.copy_to", model)
         tree = _tracking.read(model)
         members = {member.name: member for member in tree.members}
@@ -1041,6 +1150,7 @@ class EMAManager:
             ValueError: As making a manager; or a tensor is sharded otherwise than its average.
         """
         self._refuse_if_swapped("refresh")
+        self._settle("refresh")
         emas_of = [self._emas(k) for k in range(len(self._averages.names))]
         old = {slot.name: slot for slot in self._tracked.slots}
         tracked, frozen = self._track("refresh", self._tracked)
@@ -1072,6 +1182,8 @@ class EMAManager:
                 started += [member.name for member in slot.members]
         _storage.copy([ema for ema, _ in goes_on], [before for _, before in goes_on])
         self._tracked, self._frozen, self._captured = tracked, frozen, captured
+        if self._offload is not None:
+            self._offload.forget()
         return started
 
     # ---- checkpoints
@@ -1094,6 +1206,7 @@ class EMAManager:
         """
         if self._into is not None:
             return self._counters()
+        self._settle("state_dict")
         places = range(len(self._averages.names))
         if not self._is_swapped:
             return self._packed([self._emas(k) for k in places], {})
@@ -1315,6 +1428,8 @@ class EMAManager:
             so_far: The tree isn't current, as is_current_so_far() has just said.
         """
         self._refuse_if_unfrozen(op)
+        if op != "update":  # One that was started has the tensors that it needs.
+            self._settle(op)
         tracked = self._tracked
         if tracked.tree.units.reshard(f"{_TITLE}.{op}"):
             so_far = False
@@ -1407,6 +1522,7 @@ class EMAManager:
                     )
 
     def _emas(self, average: int = 0) -> dict[str, Tensor]:
+        self._settle("named_emas")
         if self._is_swapped:
             self._follow_buffers()
         return self._tracked.by_name(partial(self._ema_of, average=average))

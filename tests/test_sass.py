@@ -599,8 +599,7 @@ def test_loads_in_flight_in_numbers():
 # ---- Several averages: five sides, of which the third and fourth may be missing.
 
 
-def averages_walk(size_a: int) -> Walk:
-    return Walk(128, 1, 4 if size_a == 8 else 5)
+AVERAGES_WALK = Walk(128, 1, 4)
 
 
 def pair_in(name: str) -> tuple[str, str]:
@@ -623,7 +622,7 @@ def test_averages_have_no_spills_no_local_memory_no_division(averages):
     assert_none(
         {
             name: [
-                *resource_faults(kernel, averages_walk(SIZES[pair_in(name)[0]]).max_registers()),
+                *resource_faults(kernel, AVERAGES_WALK.max_registers()),
                 *instruction_faults(kernel),
             ]
             for name, kernel in averages.items()
@@ -635,7 +634,7 @@ def test_averages_and_params_are_all_on_their_way_before_one_is_used(averages):
     faults: dict[str, list[str]] = {}
     for name, kernel in averages.items():
         a, b = pair_in(name)
-        steps = BLOCK_VECTORS // averages_walk(SIZES[a]).threads
+        steps = BLOCK_VECTORS // AVERAGES_WALK.threads
         ways = ways_through(kernel.code, block_tile=True, narrow_too=False)
         for count in (2, 3, 4):
             # A param of half the width moves by 8 bytes; four table entries do as well.

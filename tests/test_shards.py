@@ -31,7 +31,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fused_ema import EMAManager, Plan, schedules, sources
+from fused_ema import EMAManager, Plan, _slots, schedules, sources
 from fused_ema.testing import assert_bits_equal
 
 
@@ -95,6 +95,20 @@ def test_sharded_as_whole(two, name):
 
 def test_sharded_as_whole_on_four(four):
     four(courses, list(SHARDED_4))
+
+
+def host_emas():
+    kept = _slots.needs_stage
+    _slots.needs_stage = lambda ema_device, param_device: True
+    try:
+        for name in ("parts", "TP"):
+            course(SHARDED[name], {"device": "cpu", "staging_mb": 0.001, "buffers": "average"})
+    finally:
+        _slots.needs_stage = kept
+
+
+def test_in_the_host_s_memory(two):
+    two(host_emas)
 
 
 # ---- what no update, swap or copy does

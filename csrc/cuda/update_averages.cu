@@ -11,8 +11,7 @@ struct UpdateAverages {
   using Types = Sides<A, A, A, A, B>;
   static constexpr int kReads = 0b11111, kWrites = 0b01111;
   // Each thread has five vectors on their way, so that fewer threads keep the memory as busy.
-  // fp64 takes more registers.
-  static constexpr Walk kWalk{128, 1, sizeof(A) == 8 ? 4 : 5};
+  static constexpr Walk kWalk{128, 1, 4};
   struct Args {
     Coefficients<Compute<A>> by_value[kMostAverages];
     const double* momenta;
