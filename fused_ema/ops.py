@@ -60,10 +60,10 @@ def update_(
         >>> ema
         [tensor([0.2500, 0.2500, 0.2500])]
     """
-    is_high = isinstance(momentum, float) and 0.5 < momentum < 1
-    if is_high and not torch.compiler.is_compiling() and not _warned:
+    is_compiling = torch.compiler.is_compiling()
+    if isinstance(momentum, float) and 0.5 < momentum < 1 and not is_compiling and not _warned:
         _warned.append(True)
-        _checks.warn_of_decay("update_", float(momentum), stacklevel=2)
+        _checks.warn_of_decay("update_", momentum, stacklevel=2)
     _update(ema, params, momentum, form)
 
 

@@ -41,7 +41,8 @@ def polyak_update(params: Iterable[Tensor], target_params: Iterable[Tensor], tau
         tau = _checks.fraction(_WHERE, "tau", tau)
     modules = _teachers.modules_of(params, target_params)
     if modules is not None:
-        _teachers.update(_WHERE, *modules, tau, "mul_add")
+        model, target = modules
+        _teachers.update(_WHERE, model, target, tau, "mul_add")
         return
     live = _shadow.list_of_tensors(_WHERE, params, "params")
     averaged = _shadow.list_of_tensors(_WHERE, target_params, "target_params")
