@@ -15,7 +15,9 @@ namespace {
 std::string where(const char* side, size_t index, size_t size, bool is_one_of_several,
                   const std::vector<std::string>& names) {
   std::string text = side;
-  const auto add = [&](size_t number) { text.append("[").append(std::to_string(number)).append("]"); };
+  const auto add = [&](size_t number) {
+    text.append("[").append(std::to_string(number)).append("]");
+  };
   if (is_one_of_several) add(index / size);
   add(index % size);
   if (!names.empty()) text += " ('" + names[index % size] + "')";
