@@ -25,7 +25,10 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
-CUDA_SOURCES = ("update.cu", "swap.cu", "copy.cu", "weighted_sum.cu", "device.cu")
+CUDA_SOURCES = (
+    *("update.cu", "update_averages.cu", "swap.cu", "copy.cu", "weighted_sum.cu"),
+    "device.cu",
+)
 
 
 class Check(NamedTuple):
