@@ -126,9 +126,9 @@ MUTATIONS = {
         "lerp(static_cast<Compute<A>>(load(param)), load(ema), c)",
     ),
     "the momentum in memory is not read": (
-        "cuda/update.cu",
-        "args.momentum == nullptr ?",
-        "args.momentum != args.momentum + 1 ?",
+        "cuda/update.cuh",
+        "if (in_memory == nullptr) return;",
+        "if (in_memory != in_memory + 1) return;",
     ),
     "mul_add does not round in between": (
         "cuda/update.cuh",
@@ -188,13 +188,13 @@ MUTATIONS = {
     ),
     "an average goes by the momentum of another": (
         "cuda/update_averages.cu",
-        "move<kForm>(e2, param, c[2]);",
-        "move<kForm>(e2, param, c[1]);",
+        "weights[2].move(e2, param);",
+        "weights[1].move(e2, param);",
     ),
     "an average that isn't there is written": (
         "cuda/update_averages.cu",
-        "kSide == kMostAverages || kSide < count;",
-        "kSide == kMostAverages || kSide < 4;",
+        "(kSide < 2 || kSide < count)",
+        "(kSide < 4 || kSide < count)",
     ),
     "one misaligned average is taken for aligned": (
         "cuda/loop.cuh",
