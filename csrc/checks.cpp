@@ -37,21 +37,6 @@ const char* layout_name(at::Layout layout) {
   }
 }
 
-std::optional<Dtype> dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kDouble:
-      return Dtype::kFloat64;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      return std::nullopt;
-  }
-}
-
 // What a dtype without kernels may be moved as.
 std::optional<Dtype> dtype_of_width(size_t bytes) {
   switch (bytes) {
@@ -322,6 +307,21 @@ bool is_plain(const at::Tensor& tensor) {
       c10::DispatchKey::Negative,      c10::DispatchKey::Conjugate,
       c10::DispatchKey::ZeroTensor};
   return !tensor.key_set().has_any(kNotPlain);
+}
+
+std::optional<Dtype> dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kDouble:
+      return Dtype::kFloat64;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      return std::nullopt;
+  }
 }
 
 const char* dtype_name(at::ScalarType type) {

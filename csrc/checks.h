@@ -32,6 +32,8 @@ constexpr Signature kCopySignature{"copy_", "dst", "src", true, false, true};
 constexpr Signature kPlanSignature{"Plan", "ema", "params", true, true, false};
 constexpr Signature kCopyPlanSignature{"Plan", "ema", "params", true, true, false, true};
 
+// Of those that have kernels.
+std::optional<Dtype> dtype_of(at::ScalarType type);
 // As Python spells them after "torch.".
 const char* dtype_name(at::ScalarType type);
 const char* dtype_name(Dtype dtype);

@@ -22,21 +22,6 @@ namespace {
 
 constexpr const char* kTitle = "fused_ema.weighted_sum_: ";
 
-std::optional<Dtype> dtype_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kDouble:
-      return Dtype::kFloat64;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      return std::nullopt;
-  }
-}
-
 void check(const at::Tensor& out, at::TensorList inputs, at::ArrayRef<double> weights) {
   TORCH_CHECK_VALUE(inputs.size() == weights.size(), kTitle, inputs.size(), " inputs but ",
                     weights.size(), " weights; pass one for each");

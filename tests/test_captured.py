@@ -48,6 +48,16 @@ def assert_alike(captured, plain):
     assert captured.num_updates == plain.num_updates
 
 
+def run(model, plain, captured, device, seeds):
+    """Steps of the model, each an update of both, which must be alike after each."""
+    step = replayed(captured.update, device)
+    for seed in seeds:
+        move(model, seed)
+        plain.update()
+        step()
+        assert_alike(captured, plain)
+
+
 @pytest.mark.parametrize("form", ["lerp", "mul_add", "two_products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_bits_of_a_manager_that_is_not_captured(dtype, form, device):
@@ -57,12 +67,7 @@ def test_the_bits_of_a_manager_that_is_not_captured(dtype, form, device):
             plain, captured = both(
                 model, momentum_fun=schedule, interval=interval, begin=begin, form=form
             )
-            step = replayed(captured.update, device)
-            for seed in range(8):
-                move(model, seed)
-                plain.update()
-                step()
-            assert_alike(captured, plain)
+            run(model, plain, captured, device, range(8))
             assert plain.num_updates > 1, name
 
 
@@ -70,12 +75,7 @@ def test_several_averages_and_kept_buffers(device):
     model = Net().to(device)
     momenta = {"fast": 0.25, "wide": schedules.power(0.2), "own": SCHEDULES["own"]}
     plain, captured = both(model, momentum=momenta, interval=2, begin=3, buffers="average")
-    step = replayed(captured.update, device)
-    for seed in range(9):
-        move(model, seed)
-        plain.update()
-        step()
-        assert_alike(captured, plain)
+    run(model, plain, captured, device, range(9))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -25,38 +25,20 @@ struct Update : SidesOf<A, B> {
 };
 
 template <Form kForm, typename A, typename B>
-Status launch_form(const Work& work, Momentum momentum, Stream stream) {
-  using Op = Update<kForm, A, B>;
-  const typename Op::Args args{coefficients<A, B>(momentum.value, AlphaRounding::kNone),
-                               momentum.device};
-  return launch<Op>(work, args, stream);
-}
-
-template <typename A, typename B>
-Status launch_pair(Form form, const Work& work, Momentum momentum, Stream stream) {
-  switch (form) {
-    case Form::kLerp:
-      return launch_form<Form::kLerp, A, B>(work, momentum, stream);
-    case Form::kMulAdd:
-      return launch_form<Form::kMulAdd, A, B>(work, momentum, stream);
-    case Form::kTwoProducts:
-      return launch_form<Form::kTwoProducts, A, B>(work, momentum, stream);
+struct LaunchUpdate {
+  static Status run(const Work& work, Momentum momentum, Stream stream) {
+    using Op = Update<kForm, A, B>;
+    const typename Op::Args args{coefficients<A, B>(momentum.value, AlphaRounding::kNone),
+                                 momentum.device};
+    return launch<Op>(work, args, stream);
   }
-  return cudaErrorInvalidValue;
-}
+};
 
 }  // namespace
 
 Status launch_update(DtypePair pair, Form form, const Work& work, Momentum momentum,
                      Stream stream) {
-  switch (pair) {
-#define FUSED_EMA_CASE(name, A, B) \
-  case DtypePair::name:            \
-    return launch_pair<A, B>(form, work, momentum, stream);
-    FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
-#undef FUSED_EMA_CASE
-  }
-  return cudaErrorInvalidValue;
+  return launch_by_pair<LaunchUpdate>(pair, form, work, momentum, stream);
 }
 
 }  // namespace fused_ema::cuda

@@ -52,4 +52,30 @@ struct Weights {
   }
 };
 
+// Calls Launch<form, A, B>::run with the rest.
+template <template <Form, typename, typename> class Launch, typename A, typename B,
+          typename... Args>
+Status launch_by_form(Form form, const Args&... args) {
+  switch (form) {
+    case Form::kLerp:
+      return Launch<Form::kLerp, A, B>::run(args...);
+    case Form::kMulAdd:
+      return Launch<Form::kMulAdd, A, B>::run(args...);
+    case Form::kTwoProducts:
+      return Launch<Form::kTwoProducts, A, B>::run(args...);
+  }
+  return cudaErrorInvalidValue;
+}
+template <template <Form, typename, typename> class Launch, typename... Args>
+Status launch_by_pair(DtypePair pair, Form form, const Args&... args) {
+  switch (pair) {
+#define FUSED_EMA_CASE(name, A, B) \
+  case DtypePair::name:            \
+    return launch_by_form<Launch, A, B>(form, args...);
+    FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
+#undef FUSED_EMA_CASE
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace fused_ema::cuda

@@ -49,41 +49,23 @@ struct UpdateAverages {
 };
 
 template <Form kForm, typename A, typename B>
-Status launch_form(const AveragesWork& work, Momenta momenta, Stream stream) {
-  using Op = UpdateAverages<kForm, A, B>;
-  typename Op::Args args{{}, momenta.device, momenta.count};
-  for (int k = 0; k < momenta.count; ++k) {
-    const double momentum = momenta.device == nullptr ? momenta.values[k] : 0.0;
-    args.by_value[k] = coefficients<A, B>(momentum, AlphaRounding::kNone);
+struct LaunchUpdateAverages {
+  static Status run(const AveragesWork& work, Momenta momenta, Stream stream) {
+    using Op = UpdateAverages<kForm, A, B>;
+    typename Op::Args args{{}, momenta.device, momenta.count};
+    for (int k = 0; k < momenta.count; ++k) {
+      const double momentum = momenta.device == nullptr ? momenta.values[k] : 0.0;
+      args.by_value[k] = coefficients<A, B>(momentum, AlphaRounding::kNone);
+    }
+    return launch<Op>(work, args, stream);
   }
-  return launch<Op>(work, args, stream);
-}
-
-template <typename A, typename B>
-Status launch_pair(Form form, const AveragesWork& work, Momenta momenta, Stream stream) {
-  switch (form) {
-    case Form::kLerp:
-      return launch_form<Form::kLerp, A, B>(work, momenta, stream);
-    case Form::kMulAdd:
-      return launch_form<Form::kMulAdd, A, B>(work, momenta, stream);
-    case Form::kTwoProducts:
-      return launch_form<Form::kTwoProducts, A, B>(work, momenta, stream);
-  }
-  return cudaErrorInvalidValue;
-}
+};
 
 }  // namespace
 
 Status launch_update_averages(DtypePair pair, Form form, const AveragesWork& work, Momenta momenta,
                               Stream stream) {
-  switch (pair) {
-#define FUSED_EMA_CASE(name, A, B) \
-  case DtypePair::name:            \
-    return launch_pair<A, B>(form, work, momenta, stream);
-    FUSED_EMA_FOR_EACH_PAIR(FUSED_EMA_CASE)
-#undef FUSED_EMA_CASE
-  }
-  return cudaErrorInvalidValue;
+  return launch_by_pair<LaunchUpdateAverages>(pair, form, work, momenta, stream);
 }
 
 }  // namespace fused_ema::cuda
