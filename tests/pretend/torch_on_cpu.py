@@ -124,10 +124,13 @@ def compute(op, args, kwargs):
         for e in args[0]:
             e.copy_(e.float() * factor)
         return None
-    # A number that torch has wrapped comes unwrapped.
+    # A number that torch has wrapped comes unwrapped. It is a double, and promotes nothing.
+    wrapped = {int: torch.int64, float: torch.float64}
     given = zip(args, op._schema.arguments, strict=False)
     args = [
-        torch.tensor(value) if type(value) in (int, float) and str(a.type) == "Tensor" else value
+        torch.tensor(value, dtype=wrapped[type(value)])
+        if type(value) in wrapped and str(a.type) == "Tensor"
+        else value
         for value, a in given
     ]
     return op(*args, **kwargs)
