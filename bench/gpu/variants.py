@@ -173,13 +173,15 @@ _DEPENDENT: tuple[Edit, ...] = (
     if (blockIdx.x < source.num_block_tiles) {
       const TileOf<kCount> tile = source.block_tile(kShape, blockIdx.x);
       cudaGridDependencySynchronize();
-      const Op op(args);""",
+      const Op op(args);
+      if (op.is_idle) return;""",
     ),
     (
         "cuda/loop.cuh",
         "    if (index < source.num_warp_tiles) {",
         """    cudaGridDependencySynchronize();
     const Op op(args);
+    if (op.is_idle) return;
     if (index < source.num_warp_tiles) {""",
     ),
     (
@@ -190,7 +192,7 @@ _DEPENDENT: tuple[Edit, ...] = (
     ),
     (
         "cuda/loop.cuh",
-        "  const Op op(args);\n  Loop<Op>::run(source, op);",
+        "  const Op op(args);\n  if (op.is_idle) return;\n  Loop<Op>::run(source, op);",
         "  Loop<Op>::run(source, args);",
     ),
 )

@@ -173,7 +173,12 @@ def views(buffer: Tensor, starts: Sequence[int], sizes: Sequence[int]) -> list[T
 def expect(operation: Operation, ema: Sequence[Tensor], params: Sequence[Tensor]) -> None:
     """Does the operation with the CPU kernels, or for what these do otherwise in torch's words."""
     m = operation.momentum
-    if operation.kind == "swap":
+    if operation.momentum_in_memory and m in (0.0, 1.0):
+        # No update, and a copy, to the last bit.
+        for e, p in zip(ema, params, strict=True):
+            if m == 1.0:
+                e.copy_(p)
+    elif operation.kind == "swap":
         fused_ema.swap_(ema, params)
     elif operation.kind == "copy to ema":
         fused_ema.copy_(ema, params)
