@@ -261,9 +261,7 @@ class Captured:
         if self._kept is not None:
             copies.append(self._kept.of(_kept(tracked)))
         self._advance(found_inf)
-        if loose := tracked.loose:
-            for k, momentum in enumerate(self._momenta):
-                ops._update([s.emas[k] for s in loose], [s.source for s in loose], momentum, form)
+        tracked.average_loose(self._momenta, form)
         tracked.plan._update(self._all_momenta, form)
         for copy in copies:
             copy()

@@ -45,7 +45,7 @@ def check_several(
     """The same as check_lists of several averages of the same params."""
     sides = [f"ema[{k}]" for k in range(len(emas))]
     for side, ema in zip(sides, emas, strict=True):
-        check_lists(op, ema, params, names, side)
+        _check_pairs(op, (side, "params"), (ema, params), names)
         for index, (first, own) in enumerate(zip(emas[0], ema, strict=True)):
             if first.dtype != own.dtype:
                 named = f" ('{names[index]}')" if names is not None else ""
@@ -63,15 +63,23 @@ def check_lists(
     first: Sequence[Tensor],
     second: Sequence[Tensor],
     names: Sequence[str] | None = None,
-    ema: str = "ema",
 ) -> None:
-    """Raises the error of the first pair that ``op`` can't serve; writes nothing.
+    """Raises the error of the first pair that ``op`` can't serve; writes nothing."""
+    sides = _SIDES.get(op, ("ema", "params"))
+    writes = _check_pairs(op, sides, (first, second), names)
+    _check_overlap(f"fused_ema.{op}", sides, (first, second), names, writes)
 
-    ``ema`` is what errors call the first list of an update or a plan.
-    """
-    sides = _SIDES.get(op, (ema, "params"))
+
+def _check_pairs(
+    op: str,
+    sides: tuple[str, str],
+    lists: tuple[Sequence[Tensor], Sequence[Tensor]],
+    names: Sequence[str] | None,
+) -> tuple[bool, bool]:
+    """All but overlap; returns which of the lists are written."""
+    first, second = lists
     title = f"fused_ema.{op}"
-    for side, tensors in zip(sides, (first, second), strict=True):
+    for side, tensors in zip(sides, lists, strict=True):
         if not isinstance(tensors, (list, tuple)):
             raise TypeError(
                 f"{title}: {side} is a {type(tensors).__name__}; pass a list or tuple of tensors"
@@ -95,7 +103,7 @@ def check_lists(
         named = f" ('{names[index]}')" if names is not None else ""
         where = [f"{side}[{index}]{named}" for side in sides]
         _check_pair(op, title, where, pair, writes)
-    _check_overlap(title, sides, (first, second), names, writes)
+    return writes
 
 
 def _check_pair(

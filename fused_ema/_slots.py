@@ -349,18 +349,16 @@ class Tracked:
         if self.teacher is not None and momenta[0] == 1:
             self._replace()
             return
-        if not self.loose and self.num_averages == 1:
-            self.plan._update(momenta[0], form)
-            return
-        self.plan._check()
-        self.average_loose(momenta, form)
+        if self.loose:
+            self.plan._check()
+            self.average_loose(momenta, form)
         self.run(self.plan, momenta, form)
 
     def run(self, plan: Plan, momenta: Sequence[float], form: Form) -> None:
         """An update by a plan of these slots, with a momentum for each average."""
         plan._update(momenta[0] if self.num_averages == 1 else momenta, form)
 
-    def average_loose(self, momenta: Sequence[float], form: Form) -> None:
+    def average_loose(self, momenta: Sequence[float | Tensor], form: Form) -> None:
         """Averages those that no plan has."""
         if self.loose:
             sources = [slot.source for slot in self.loose]
